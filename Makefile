@@ -1,0 +1,59 @@
+# Needs Python 3.11 and nothing else; every target sets up what it uses.
+#
+#   make demo     train, resume, export and report a small model (about ten minutes on two cores)
+#   make test     the test suite on the CPU
+#   make check    lint, types and the shape of the repository
+#   make bench    the measurements behind docs/
+#   make clean    remove the environment and caches; runs and data stay
+#
+# torch comes from wherever pip is set up to look. To ask for the CPU build by name:
+#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3.11
+TORCH_INDEX ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP_INSTALL) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/megatron-curr demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_repo_shape.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.data_engine
+	$(BIN)/python -m benchmarks.step_overhead
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

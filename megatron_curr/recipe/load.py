@@ -1,0 +1,194 @@
+"""Read a recipe, override it, write it back, and tell two of them apart.
+
+Every mistake found in the file or in an override is reported at once, each as one line
+``file.yaml:12: curriculum.phases.1.tokens: what was found; remedy``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_curr.errors import RecipeError
+from megatron_curr.recipe.check import recipe_problems
+from megatron_curr.recipe.problems import did_you_mean, problems_of, refusal
+from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.yaml_lines import Path as KeyPath
+from megatron_curr.recipe.yaml_lines import dump_yaml, parse_yaml
+
+DECIDES_WHAT_IS_TRAINED = (
+    "seed",
+    "model",
+    "data",
+    "curriculum",
+    "optimizer",
+    "training.precision",
+)
+MAY_CHANGE_ON_RESUME = (
+    "parallel",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "run_folder",
+    "training.max_nonfinite_steps",
+)
+# The preset only names where the model's numbers came from; the numbers themselves are compared.
+NEVER_COMPARED = ("model.preset",)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that two recipes disagree on; ``None`` where one of them has none."""
+
+    path: str
+    old: Any
+    new: Any
+    allowed: bool  # may change between a save and its resume
+
+    def __str__(self) -> str:
+        change = f"{self.path}: was {self.old!r}, is {self.new!r}"
+        if self.allowed:
+            return change
+        return f"{change}; put the old value back, or start a new run under another name"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``a.b=value`` overrides, checked across its sections.
+
+    Raises ``RecipeError`` that lists everything that is wrong, with its line.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(_no_such_file(file)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read as a recipe: {error}") from None
+    data, lines = parse_yaml(text, str(file))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{file}:1: a recipe is a mapping of sections; this file holds none")
+    places = {key: f"{file}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply_override(data, override, places=places)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise refusal(problems_of(error), places) from None
+    if problems := recipe_problems(recipe):
+        raise refusal(problems, places)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML that loads to an equal recipe."""
+    return dump_yaml(recipe.model_dump(mode="json", by_alias=True))
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """SHA-256, in hex, of the settings that decide what is trained and on what.
+
+    Layout, cadences and logging do not enter: the same run may resume under others.
+    """
+    decisive = {
+        path: value
+        for path, value in _leaves(recipe.model_dump(mode="json", by_alias=True))
+        if _under(path, DECIDES_WHAT_IS_TRAINED) and not _under(path, NEVER_COMPARED)
+    }
+    canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> list[Difference]:
+    """Every value on which the two disagree, in the order of the recipe."""
+    before = dict(_leaves(old.model_dump(mode="json", by_alias=True)))
+    after = dict(_leaves(new.model_dump(mode="json", by_alias=True)))
+    return [
+        Difference(
+            path,
+            before.get(path),
+            after.get(path),
+            allowed=_under(path, MAY_CHANGE_ON_RESUME),
+        )
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path) and not _under(path, NEVER_COMPARED)
+    ]
+
+
+def _under(path: str, prefixes: Sequence[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar (and every empty container) with its dotted path."""
+    if isinstance(value, dict) and value:
+        children: Any = value.items()
+    elif isinstance(value, list) and value:
+        children = enumerate(value)
+    else:
+        yield path, value
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{path}.{key}" if path else str(key))
+
+
+def _no_such_file(file: Path) -> str:
+    folder = file.parent
+    recipes = sorted(entry.name for entry in folder.glob("*.yaml")) if folder.is_dir() else []
+    if recipes:
+        hint = did_you_mean(file.name, recipes, what=f"recipes in {folder}")
+    else:
+        hint = f"there is no recipe in {folder}; give the path of a .yaml file"
+    return f"{file}: no such file; {hint}"
+
+
+def _apply_override(data: dict[str, Any], override: str, *, places: dict[KeyPath, str]) -> None:
+    """Put one ``a.b.0=value`` into the data; its place becomes the override itself.
+
+    Names that no section knows are put there as well, so that the schema refuses them with the
+    same words as it does in the file.
+    """
+    where = f"--set {override}"
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise RecipeError(f"{where}: not an override; write section.key=value")
+    try:
+        value, _ = parse_yaml(text, where)
+    except RecipeError:
+        raise RecipeError(f"{where}: {text!r} is not valid YAML; put it in quotes") from None
+    *parents, last = name.split(".")
+    path: KeyPath = ()
+    target: Any = data
+    for part in parents:
+        key = _key_in(target, part, path=path, where=where)
+        if isinstance(target, dict) and target.get(key) is None:
+            target[key] = {}
+        target, path = target[key], (*path, key)
+    key = _key_in(target, last, path=path, where=where)
+    target[key] = value
+    path = (*path, key)
+    for stale in [place for place in places if place[: len(path)] == path]:
+        del places[stale]
+    for length in range(len(path), 0, -1):
+        places.setdefault(path[:length], where)
+
+
+def _key_in(target: Any, part: str, *, path: KeyPath, where: str) -> str | int:
+    """``part`` as a key of a mapping, or as an index or an item's ``name`` in a list."""
+    inside = ".".join(str(key) for key in path) or "the recipe"
+    if isinstance(target, dict):
+        return part
+    if not isinstance(target, list):
+        raise RecipeError(f"{where}: {inside} is {target!r} and has no {part!r}; override it whole")
+    if part.isdecimal() and int(part) < len(target):
+        return int(part)
+    names = [str(item["name"]) for item in target if isinstance(item, dict) and "name" in item]
+    if part in names:
+        return names.index(part)
+    known = f"0 to {len(target) - 1}" + (f" or {', '.join(names)}" if names else "")
+    raise RecipeError(f"{where}: {inside} has no item {part!r}; use {known}")

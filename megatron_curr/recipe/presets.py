@@ -1,0 +1,35 @@
+"""Published architectures by name, so that a recipe says ``preset: llama3_8b``.
+
+The numbers live in ``model_presets.yaml`` beside this file, each with its source.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    text = files(__package__).joinpath("model_presets.yaml").read_text(encoding="utf-8")
+    presets: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return presets
+
+
+def preset_names() -> list[str]:
+    """Every preset, in the order of the file."""
+    return list(_presets())
+
+
+def model_preset(name: str) -> dict[str, Any]:
+    """The fields of one preset. Raises ``ValueError`` that names the nearest one."""
+    presets = _presets()
+    if name not in presets:
+        close = get_close_matches(str(name), presets, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known presets: {', '.join(presets)}"
+        raise ValueError(f"no model preset {name!r}; {hint}")
+    return dict(presets[name])

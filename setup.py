@@ -1,0 +1,77 @@
+"""Packaging. Ranges live here; the exact versions that are tested live in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "megatron_curr/__init__.py").read_text(), re.MULTILINE
+)[1]
+
+setup(
+    name="megatron-curr",
+    version=VERSION,
+    description="Pretraining on Megatron-Core, fed by one staged curriculum of consumed tokens",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # The recipes stay at the top of the repository, where people look for them, and are installed
+    # as the data package megatron_curr.configs: megatron_curr/recipe/shipped.py finds both.
+    packages=[
+        *find_packages(include=["megatron_curr*", "launch*", "data_tools*"]),
+        "megatron_curr.configs",
+    ],
+    package_dir={"megatron_curr.configs": "configs"},
+    package_data={
+        "megatron_curr": ["py.typed"],
+        "megatron_curr.configs": ["*.yaml"],
+        "megatron_curr.recipe": ["*.yaml"],
+        "megatron_curr.report": ["*.j2", "*.js", "*.css"],
+        "megatron_curr.convert": ["*.j2"],
+    },
+    include_package_data=False,
+    install_requires=[
+        "huggingface_hub>=0.34",
+        "jinja2>=3.1",
+        "megatron-core>=0.16.1,<0.17",
+        "numpy>=1.26,<3",
+        "orjson>=3.10",
+        "packaging>=24",
+        "psutil>=6",  # megatron-core's checkpoint writer hangs without it
+        "pydantic>=2.9,<3",
+        "PyYAML>=6",
+        "rich>=13.7",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.21",
+        "torch>=2.7,<3",
+        "transformers>=4.56,<6",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.4"],
+        "dali": ["nvidia-dali-cuda120>=1.50"],
+        "video": ["av>=14", "diffusers>=0.34", "webdataset>=0.2.100"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.19"],
+        "dev": [
+            "codespell>=2.4",
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "types-PyYAML>=6",
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-curr = megatron_curr.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_curr import __version__
+from megatron_curr.cli import main
+from megatron_curr.errors import DataError
+from tests.recipe.recipes import write_recipe
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **names: object) -> None:
+    """A module that a verb imports, so that the verb alone is tested."""
+    module = ModuleType(name)
+    for key, value in names.items():
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_wrong_recipe_ends_with_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path)
+    assert main(["doctor", str(recipe), "--set", "modle=1"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "error: --set modle=1: modle: unknown key; did you mean 'model'?\n"
+
+
+def test_brackets_in_a_message_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(run: Path) -> Path:
+        raise DataError(f"{run}/[red]x[/red]: truncated")
+
+    stand_in(monkeypatch, "megatron_curr.report.build", write_report=refuse)
+    assert main(["report", "run"]) == 2
+    assert capsys.readouterr().err == "error: run/[red]x[/red]: truncated\n"
+
+
+def test_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: Path) -> Path:
+        raise ZeroDivisionError
+
+    stand_in(monkeypatch, "megatron_curr.report.build", write_report=fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["report", "run"])
+
+
+def test_interrupt_ends_with_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(run: Path) -> Path:
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, "megatron_curr.report.build", write_report=interrupt)
+    assert main(["report", "run"]) == 130
+
+
+def test_unknown_verb_and_unknown_option_end_with_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'" in capsys.readouterr().err
+    assert main(["doctor", "--jsno"]) == 2
+
+
+def test_count_that_is_none_ends_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "recipe.yaml", "--stop-at", "3x"]) == 2
+    assert "'3x' is not a count" in " ".join(capsys.readouterr().err.split())
+
+
+def test_schema_describes_sizes_presets_and_ramps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["additionalProperties"] is False
+    assert {"required": ["preset"]} in schema["$defs"]["Model"]["anyOf"]
+    assert "required" not in schema["$defs"]["Model"]
+    assert "from" in schema["$defs"]["Piece"]["properties"]
+    tokens = schema["$defs"]["Phase"]["properties"]["tokens"]
+    assert [form["type"] for form in tokens["anyOf"]] == ["integer", "string"]
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["train", "--help"], ["schema"], ["trace", "--help"]])
+def test_light_verbs_start_without_torch(verb: list[str]) -> None:
+    program = (
+        "import sys; from megatron_curr.cli import main; code = main(sys.argv[1:]); "
+        "loaded = {'torch', 'transformers', 'megatron'} & set(sys.modules); "
+        "sys.exit(code or (f'loaded {loaded}' if loaded else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
