@@ -1,0 +1,84 @@
+"""The ledger: appended only, chained by hashes, and deaf to attempts at the past."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from megatron_curr.curriculum.ledger import (
+    amend,
+    append_entries,
+    ledger_schedule,
+    open_ledger,
+    read_ledger,
+)
+from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.recipe.schema import Curriculum
+from tests.curriculum.curricula import curricula
+
+
+def one_phase(tokens: int = 6400) -> Curriculum:
+    table = {"name": "a", "tokens": tokens, "seq_length": 8, "mixture": {"prose": 1.0}}
+    return Curriculum.model_validate(
+        {"phases": [{**table, "global_batch_tokens": 64, "learning_rate": 1.0}]}
+    )
+
+
+@given(curricula(), curricula(), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_ledger_read_back_gives_the_same_schedule(tmp_path_factory, first, second, where) -> None:
+    ledger = open_ledger(first)
+    schedule = ledger_schedule(ledger)
+    cut = schedule.step_start(int(where * (schedule.total_tokens - 1)))
+    assume(cut < sum(p.tokens for p in second.phases) - 32)
+    ledger = amend(ledger, second, from_tokens=cut, reason="more math")
+    path = tmp_path_factory.mktemp("run") / "ledger.jsonl"
+    append_entries(path, ledger[:1])
+    append_entries(path, ledger[1:])
+    again = read_ledger(path)
+    assert again == ledger
+    assert ledger_schedule(again).step_runs == ledger_schedule(ledger).step_runs
+
+
+def test_amendment_before_an_earlier_one_is_refused() -> None:
+    ledger = amend(open_ledger(one_phase()), one_phase(12800), from_tokens=640, reason="longer")
+    with pytest.raises(RecipeError, match="would change the past"):
+        amend(ledger, one_phase(), from_tokens=320, reason="too late")
+
+
+def test_edited_past_is_found(tmp_path: Path) -> None:
+    ledger = amend(open_ledger(one_phase()), one_phase(12800), from_tokens=640, reason="longer")
+    path = tmp_path / "ledger.jsonl"
+    append_entries(path, ledger)
+    first, second = path.read_text().splitlines()
+    row = json.loads(first)
+    row["curriculum"]["phases"][0]["learning_rate"] = 2.0
+    path.write_text(json.dumps(row) + "\n" + second + "\n")
+    with pytest.raises(CheckpointError, match=r"ledger.jsonl:1: .*chain of hashes breaks"):
+        read_ledger(path)
+
+
+def test_removed_line_is_found(tmp_path: Path) -> None:
+    ledger = amend(open_ledger(one_phase()), one_phase(12800), from_tokens=640, reason="longer")
+    path = tmp_path / "ledger.jsonl"
+    append_entries(path, ledger[1:])
+    with pytest.raises(CheckpointError, match="chain of hashes breaks"):
+        read_ledger(path)
+
+
+def test_line_torn_while_being_written_never_took_effect(tmp_path: Path) -> None:
+    ledger = amend(open_ledger(one_phase()), one_phase(12800), from_tokens=640, reason="longer")
+    path = tmp_path / "ledger.jsonl"
+    append_entries(path, ledger)
+    path.write_text(path.read_text()[:-40])
+    assert read_ledger(path) == ledger[:1]
+
+
+@pytest.mark.parametrize("text", ["", "not json\n", "{}\n", '{"from_tokens": 0}\n'])
+def test_damaged_ledger_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"ledger.jsonl"):
+        read_ledger(path)
