@@ -1,0 +1,216 @@
+"""The sample order: a bijection, no replay, the same whatever reads it."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from megatron_curr.curriculum.schedule import Edition, build_schedule
+from megatron_curr.data.order import SampleOrder, Samples
+from megatron_curr.errors import RecipeError
+from megatron_curr.recipe.schema import Curriculum, Source
+from tests.curriculum.curricula import SOURCES, curricula
+
+sizes = st.fixed_dictionaries({name: st.integers(1000, 9000) for name in SOURCES})
+
+
+def sources(**settings: object) -> dict[str, Source]:
+    return {
+        name: Source.model_validate({"shards": name, "max_epochs": 1e6, **settings})
+        for name in (*SOURCES, "late")
+    }
+
+
+def build(curriculum, tokens, *, seed=1, chunk_tokens=None, **settings: object) -> SampleOrder:
+    return SampleOrder(
+        build_schedule(curriculum),
+        {"late": 5000, **tokens},
+        seed=seed,
+        sources=sources(**settings),
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def everything(order: SampleOrder) -> Samples:
+    return order.lookup(np.arange(order.schedule.total_samples))
+
+
+def assert_no_replay(order: SampleOrder, samples: Samples) -> None:
+    """Inside one epoch no token of a source is read twice."""
+    for source in range(len(order.sources)):
+        for epoch in np.unique(samples.epoch[samples.source == source]):
+            here = (samples.source == source) & (samples.epoch == epoch)
+            by_start = np.argsort(samples.first_token[here])
+            starts = samples.first_token[here][by_start]
+            ends = starts + samples.seq_length[here][by_start]
+            assert np.all(starts[1:] >= ends[:-1])
+            assert starts[0] >= 0 and ends[-1] < order.num_tokens[source]
+
+
+def flat(**curves: object) -> Curriculum:
+    phase = {"name": "a", "tokens": 64_000, "seq_length": 32, "mixture": {"prose": 1.0}}
+    phase |= {"global_batch_tokens": 320, "learning_rate": 1.0}
+    return Curriculum.model_validate({"phases": [{**phase, **curves}]})
+
+
+@given(curricula(), sizes)
+@settings(max_examples=100, deadline=None)
+def test_no_token_is_read_twice_in_an_epoch(curriculum, tokens) -> None:
+    order = build(curriculum, tokens)
+    assert_no_replay(order, everything(order))
+
+
+@given(curricula(), sizes)
+@settings(max_examples=60, deadline=None)
+def test_epochs_of_a_source_follow_each_other(curriculum, tokens) -> None:
+    order = build(curriculum, tokens)
+    samples = everything(order)
+    for source in range(len(order.sources)):
+        epochs = samples.epoch[samples.source == source]
+        assert np.all(np.diff(epochs) >= 0) and np.all(np.diff(epochs) <= 1)
+
+
+@given(curricula(max_samples=150), sizes, st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_positions_of_finds_each_sample_again(curriculum, tokens, pick) -> None:
+    order = build(curriculum, tokens)
+    samples = everything(order)
+    number = pick % len(samples.position)
+    name = order.sources[samples.source[number]]
+    first = int(samples.first_token[number]) + pick % int(samples.seq_length[number])
+    found = order.positions_of(name, first, 5)
+    same_source = samples.source == samples.source[number]
+    overlap = (samples.first_token < first + 5) & (
+        samples.first_token + samples.seq_length + 1 > first
+    )
+    assert found.tolist() == samples.position[same_source & overlap].tolist()
+
+
+@given(curricula(), sizes, st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_order_does_not_depend_on_how_it_is_asked(curriculum, tokens, pick) -> None:
+    order = build(curriculum, tokens)
+    whole = everything(order)
+    some = np.random.default_rng(pick).permutation(order.schedule.total_samples)[:50]
+    part = build(curriculum, tokens).lookup(some)
+    assert np.array_equal(part.first_token, whole.first_token[some])
+    assert np.array_equal(part.source, whole.source[some])
+
+
+@given(curricula(), sizes)
+@settings(max_examples=60, deadline=None)
+def test_counts_agree_with_the_samples(curriculum, tokens) -> None:
+    order = build(curriculum, tokens)
+    samples = everything(order)
+    for position in {0, 1, len(samples.position) // 3, len(samples.position)}:
+        counts = np.bincount(samples.source[:position], minlength=len(order.sources))
+        assert np.array_equal(order.counts(position), counts)
+        read = np.bincount(
+            samples.source[:position], samples.seq_length[:position], minlength=len(order.sources)
+        )
+        assert list(order.consumed_tokens(position).values()) == read.tolist()
+
+
+@given(curricula(), curricula(), sizes, st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_amendment_moves_no_sample_before_it_and_replays_none_after(
+    curriculum, other, tokens, where
+) -> None:
+    before = build(curriculum, tokens, chunk_tokens=32)
+    cut = before.schedule.step_start(int(where * (before.schedule.total_tokens - 1)))
+    assume(cut < sum(p.tokens for p in other.phases) - 32)
+    editions = [Edition(0, curriculum), Edition(cut, other)]
+    after = build(editions, tokens, chunk_tokens=32)
+    past = np.arange(before.schedule.position_of(cut)) if cut else np.arange(0)
+    assert np.array_equal(before.lookup(past).first_token, after.lookup(past).first_token)
+    assert_no_replay(after, everything(after))
+
+
+def test_new_source_does_not_move_the_others() -> None:
+    tokens = dict.fromkeys(SOURCES, 60_000)
+    before = build(flat(), tokens)
+    with_late = flat(mixture={"prose": 0.5, "late": 0.5})
+    after = build([Edition(0, flat()), Edition(6400, with_late)], tokens)
+    samples = everything(after)
+    prose = samples.first_token[samples.source == 0]
+    assert np.array_equal(prose, everything(before).first_token[: len(prose)])
+    assert set(samples.source[:200]) == {0} and set(samples.source[200:]) == {0, 1}
+
+
+def test_whole_source_is_read_before_any_of_it_is_read_again() -> None:
+    order = build(flat(), {"prose": 32_001})  # 1000 windows, two epochs
+    samples = everything(order)
+    assert np.array_equal(np.sort(samples.first_token[:1000]), np.arange(1000) * 32)
+    assert np.array_equal(np.sort(samples.first_token[1000:]), np.arange(1000) * 32)
+    assert not np.array_equal(samples.first_token[:1000], samples.first_token[1000:])
+
+
+def test_change_of_length_skips_at_most_a_thousandth_of_a_source() -> None:
+    phases = [
+        {"name": f"p{i}", "tokens": 80_000 + 1000 * i, "seq_length": length}
+        for i, length in enumerate((8, 32))
+    ]
+    phases[0] |= {"mixture": {"prose": 1.0}, "global_batch_tokens": 32, "learning_rate": 1.0}
+    order = build(Curriculum.model_validate({"phases": phases}), {"prose": 200_000})
+    assert 0 <= order.crumbs[0] <= 200
+    assert_no_replay(order, everything(order))
+
+
+def test_shards_are_drawn_in_proportion_to_their_size() -> None:
+    order = build(flat(), {"prose": 200_001})
+    starts = everything(order).first_token  # 2000 of 6250 windows
+    tenth = np.bincount(starts * 10 // 200_001, minlength=10)
+    assert np.abs(tenth - 200).max() < 5 * np.sqrt(200)
+
+
+def test_seed_changes_the_order_and_nothing_else() -> None:
+    one, two = (everything(build(flat(), {"prose": 70_000}, seed=s)) for s in (1, 2))
+    assert np.array_equal(one.source, two.source)
+    assert not np.array_equal(one.first_token, two.first_token)
+
+
+def test_source_past_its_epoch_cap_is_refused_with_the_number() -> None:
+    with pytest.raises(RecipeError, match=r"prose would be read more than max_epochs=1.5 times"):
+        build(flat(), {"prose": 32_001}, max_epochs=1.5)
+
+
+def test_exhausted_source_can_stop_the_run_at_a_whole_step() -> None:
+    order = build(flat(), {"prose": 32_001}, max_epochs=1.5, on_exhausted="stop")
+    assert order.schedule.total_samples == 1500
+    assert len(everything(order).position) == 1500
+
+
+def test_exhausted_source_can_leave_its_share_to_the_others() -> None:
+    mixture = {"prose": 0.5, "code": 0.3, "math": 0.2}
+    tokens = {"prose": 16_001, "code": 900_000, "math": 900_000}
+    order = build(flat(mixture=mixture), tokens, max_epochs=1.0, on_exhausted="reweight")
+    samples = everything(order)
+    prose = np.flatnonzero(samples.source == 0)
+    assert len(prose) == 500
+    after = samples.source[prose[-1] + 1 :]
+    assert abs((after == 1).sum() - 0.6 * len(after)) <= 2
+    assert_no_replay(order, samples)
+
+
+def test_reweighting_with_no_source_left_is_refused() -> None:
+    with pytest.raises(RecipeError, match="max_epochs=1 times"):
+        build(flat(), {"prose": 32_001}, max_epochs=1.0, on_exhausted="reweight")
+
+
+def test_unknown_source_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"'poetry'.*known sources: code, late, math, prose"):
+        build(flat(mixture={"poetry": 1.0}), {"poetry": 5000})
+
+
+def test_source_smaller_than_a_window_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"prose holds 32 tokens, fewer than one window of 32"):
+        build(flat(), {"prose": 32})
+
+
+def test_longer_window_in_an_amendment_needs_room_reserved() -> None:
+    longer = flat(seq_length=64, tokens=128_000)
+    editions = [Edition(0, flat()), Edition(6400, longer)]
+    with pytest.raises(RecipeError, match=r"set data.chunk_tokens"):
+        build(editions, {"prose": 90_000})
+    order = build(editions, {"prose": 90_000}, chunk_tokens=64)
+    assert_no_replay(order, everything(order))
