@@ -1,0 +1,126 @@
+"""Every layout trains the model that one rank trains: loss, gradient norm, every gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.layouts import Result, layout, run_steps, tiny_model
+from tests.ranks import run_ranks
+
+TOLERANCE = 2e-5
+
+VARIANTS = {
+    "llama": {},
+    "isolated documents": {"isolate_documents": True},
+    "qwen, tied": {
+        "model": tiny_model(
+            qk_layernorm=True, add_qkv_bias=True, untie_embeddings_and_output_weights=False
+        )
+    },
+}
+ONE_QUERY_GROUP = {"one query group": {"model": tiny_model(num_query_groups=1)}}
+
+TWO_RANKS = {
+    "tp2": layout(tp=2),
+    "tp2 sp": layout(tp=2, sequence_parallel=True),
+    "pp2": layout(pp=2),
+    "pp2 vpp2": layout(pp=2, vpp=2),
+    "cp2": layout(cp=2),
+    "dp2": layout(),
+    "dp2 distributed optimizer": layout(distributed_optimizer=True),
+}
+FOUR_RANKS = {
+    "tp2 cp2 sp": layout(tp=2, cp=2, sequence_parallel=True),
+    "pp2 dp2 distributed optimizer": layout(pp=2, distributed_optimizer=True),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("layouts") / "one_rank.pt"
+    run_ranks(save_one_rank, 1, path)
+    return path
+
+
+def save_one_rank(rank: int, path: Path) -> None:
+    results = {
+        name: run_steps(layout(), **variant)
+        for name, variant in {**VARIANTS, **ONE_QUERY_GROUP}.items()
+    }
+    results["llama bf16"] = run_steps(layout(), precision="bf16", num_steps=2)
+    torch.save(results, path)
+
+
+def differences(ours: Result, one_rank: Result) -> list[str]:
+    """What differs by more than the tolerance, largest relative difference of each first."""
+    found = []
+    if ours.first_weights.keys() != one_rank.first_weights.keys():
+        found.append(f"parameters {ours.first_weights.keys() ^ one_rank.first_weights.keys()}")
+    for name, weight in one_rank.first_weights.items():
+        if not torch.equal(weight, ours.first_weights[name]):
+            found.append(f"first weight {name}")
+    if abs(ours.loss / one_rank.loss - 1) > TOLERANCE:
+        found.append(f"loss {ours.loss} for {one_rank.loss}")
+    if abs(ours.grad_norm / one_rank.grad_norm - 1) > TOLERANCE:
+        found.append(f"gradient norm {ours.grad_norm} for {one_rank.grad_norm}")
+    for name, gradient in one_rank.gradients.items():
+        difference = (ours.gradients[name] - gradient).norm() / gradient.norm()
+        if not difference <= TOLERANCE:
+            found.append(f"gradient of {name} by {difference:.1e}")
+    found += [f"replicas of {name}" for name in ours.unequal_replicas]
+    return found
+
+
+def layouts_equal_one_rank(rank: int, path: Path, layouts: dict, variants: dict[str, dict]) -> None:
+    one_rank = torch.load(path, weights_only=False)
+    wrong = {}
+    for layout_name, parallel in layouts.items():
+        for variant_name, variant in variants.items():
+            ours = run_steps(parallel, **variant)
+            if found := differences(ours, one_rank[variant_name]):
+                wrong[f"{layout_name}, {variant_name}"] = found
+    assert not wrong, wrong
+
+
+def test_two_ranks_equal_one(one_rank: Path) -> None:
+    run_ranks(layouts_equal_one_rank, 2, one_rank, TWO_RANKS, VARIANTS)
+
+
+def test_more_tensor_ranks_than_query_groups(one_rank: Path) -> None:
+    layouts = {name: TWO_RANKS[name] for name in ("tp2", "tp2 sp")}
+    run_ranks(layouts_equal_one_rank, 2, one_rank, layouts, ONE_QUERY_GROUP)
+
+
+def test_four_ranks_equal_one(one_rank: Path) -> None:
+    run_ranks(layouts_equal_one_rank, 4, one_rank, FOUR_RANKS, VARIANTS)
+
+
+def test_recomputed_activations_change_nothing(one_rank: Path) -> None:
+    layouts = {
+        "full": layout(tp=2, sequence_parallel=True, recompute="full"),
+        "selective": layout(tp=2, sequence_parallel=True, recompute="selective"),
+        "selective cp2": layout(cp=2, recompute="selective"),
+    }
+    variants = {name: VARIANTS[name] for name in ("isolated documents",)}
+    run_ranks(layouts_equal_one_rank, 2, one_rank, layouts, variants)
+
+
+def bf16_agrees(rank: int, path: Path) -> None:
+    one_rank = torch.load(path, weights_only=False)["llama bf16"]
+    layouts = {
+        "tp2 sp": layout(tp=2, sequence_parallel=True),
+        "dp2": layout(distributed_optimizer=True),
+    }
+    for name, parallel in layouts.items():
+        ours = run_steps(parallel, precision="bf16", num_steps=2)
+        assert ours.weights["output_layer.weight"].dtype is torch.bfloat16
+        assert abs(ours.loss / one_rank.loss - 1) < 1e-3, name
+        assert abs(ours.grad_norm / one_rank.grad_norm - 1) < 2e-2, name
+        assert not ours.unequal_replicas, name
+
+
+def test_bf16_agrees_to_its_precision(one_rank: Path) -> None:
+    run_ranks(bf16_agrees, 2, one_rank)
