@@ -1,0 +1,211 @@
+"""Metrics: every name once, with its unit; ``metrics.jsonl``; TensorBoard and W&B by choice.
+
+Names are ``area/what_unit``. ``<source>`` stands for a source of the recipe. A row is one JSON
+object: ``step``, ``consumed_tokens``, ``time_s`` (Unix time), ``phase``, then values.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_curr.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
+
+METRICS = {
+    "run/num_ranks": "ranks of a start; one such row a start, at the token it begins from",
+    "run/dp_size": "data-parallel replicas of that start",
+    "run/tp_size": "tensor-parallel ranks of a replica",
+    "run/pp_size": "pipeline stages of a replica",
+    "run/cp_size": "context-parallel ranks of a replica",
+    "train/loss_nats_per_token": "mean over the step's tokens that carry loss",
+    "train/<source>/loss_nats_per_token": "the same, over this source's tokens",
+    "train/grad_norm": "global norm before clipping",
+    "train/learning_rate": "as set for the step",
+    "train/weight_decay": "as set for the step",
+    "train/global_batch_tokens": "tokens in the step, all ranks",
+    "train/seq_length_tokens": "of every sample in the step",
+    "train/nonfinite_steps": "updates refused so far for a non-finite loss or gradient",
+    "train/nonfinite_first_position": "first sample of a refused step",
+    "train/nonfinite_num_samples": "samples of a refused step",
+    "perf/step_time_s": "data wait, forward, backward, update; without evaluation and checkpoint",
+    "perf/tokens_per_s": "over perf/step_time_s, all ranks",
+    "perf/data_wait_s": "rank 0 waiting for the loader",
+    "perf/mfu_frac": "model FLOP/s over the peak of all devices",
+    "data/<source>/consumed_tokens": "since the start of the run",
+    "data/<source>/epochs": "passes over the source since the start of the run",
+    "eval/<source>/loss_nats_per_token": "on held-out text",
+    "eval/time_s": "the evaluation of all sources",
+    "checkpoint/blocked_s": "training stood still for the save",
+    "checkpoint/total_s": "from the decision to the published checkpoint",
+    "checkpoint/size_bytes": "all files of the checkpoint",
+}
+# Beyond this many sources a step row lists only those whose count moved: a row must stay small.
+LISTED_SOURCES = 64
+
+
+class Sink(Protocol):
+    """Something rows are also sent to."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take one row."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class MetricsFile:
+    """Appends rows to ``metrics.jsonl``; a disk without room delays rows, never stops the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._waiting: list[bytes] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row: its whole line gets into the file, or none of it for now."""
+        self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        while self._waiting:
+            size_bytes = os.fstat(self._descriptor).st_size
+            try:
+                if os.write(self._descriptor, self._waiting[0]) != len(self._waiting[0]):
+                    raise OSError("the disk took part of a row")
+            except OSError as error:
+                os.ftruncate(self._descriptor, size_bytes)
+                if len(self._waiting) == 1:
+                    log.warning("metrics.jsonl takes no rows (%s); keeping them in memory", error)
+                return
+            del self._waiting[0]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+class TensorBoardSink:
+    """Scalars by consumed tokens, under ``logs/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add every value of the row."""
+        for name, value in _values_of(row):
+            self._writer.add_scalar(name, value, row["consumed_tokens"], row["time_s"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run that is found again on resume, by the run's name."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=recipe.logging.wandb_project,
+            name=recipe.name,
+            id=recipe.name,
+            resume="allow",
+            dir=str(folder),
+            config=recipe.model_dump(mode="json", by_alias=True),
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log the row's values together with the clock."""
+        clock = {"consumed_tokens": row["consumed_tokens"], "step": row["step"]}
+        self._run.log({**clock, **dict(_values_of(row))})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Metrics:
+    """Where rows go. On ranks other than 0 there is no sink and ``write`` does nothing."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(
+        self, values: Mapping[str, float], *, step: int, consumed_tokens: int, phase: str
+    ) -> None:
+        """Write one row; names are checked against ``METRICS``, non-finite values become null."""
+        if not self._sinks:
+            return
+        row: dict[str, Any] = {
+            "step": step,
+            "consumed_tokens": consumed_tokens,
+            "time_s": time.time(),
+            "phase": phase,
+        }
+        for name, value in values.items():
+            check_name(name)
+            row[name] = value if math.isfinite(value) else None
+        for sink in self._sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def build_metrics(recipe: Recipe, *, path: Path, logs: Path) -> Metrics:
+    """The sinks that the recipe asks for; for rank 0."""
+    sinks: list[Sink] = [MetricsFile(path)]
+    if recipe.logging.tensorboard:
+        sinks.append(TensorBoardSink(logs / "tensorboard"))
+    if recipe.logging.wandb_project:
+        sinks.append(WandbSink(recipe, logs))
+    return Metrics(sinks)
+
+
+def check_name(name: str) -> None:
+    """Raise ``KeyError`` for a name that ``METRICS`` does not list."""
+    area, _, rest = name.partition("/")
+    if name not in METRICS and f"{area}/<source>/{rest.rpartition('/')[2]}" not in METRICS:
+        raise KeyError(f"metric {name!r} is not registered in METRICS")
+
+
+def drop_rows_after(path: Path, consumed_tokens: int, *, aside: Path) -> int:
+    """Move rows written after this token into the folder ``aside``; returns how many.
+
+    A run that resumes writes them again. A torn last line goes with them.
+    """
+    if not path.is_file():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _clock_of(line) <= consumed_tokens]
+    stale = [line for line in lines if _clock_of(line) > consumed_tokens]
+    if not stale:
+        return 0
+    aside.mkdir(parents=True, exist_ok=True)
+    (aside / f"metrics_after_{consumed_tokens}_{int(time.time())}.jsonl").write_bytes(
+        b"".join(stale)
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+    return len(stale)
+
+
+def _clock_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["consumed_tokens"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _values_of(row: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in row.items() if "/" in name and value is not None]

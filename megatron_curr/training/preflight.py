@@ -1,0 +1,107 @@
+"""Everything that can be known wrong before a process is started or a byte is written. No torch.
+
+The launching process runs this to refuse bad input once, with one message; every rank runs it
+again to get the same objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from megatron_curr.curriculum.ledger import Entry, ledger_schedule
+from megatron_curr.curriculum.schedule import Schedule
+from megatron_curr.data.order import SampleOrder
+from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
+from megatron_curr.data.tokenizer import load_tokenizer
+from megatron_curr.errors import RecipeError
+from megatron_curr.recipe.check import check_layout, check_recipe
+from megatron_curr.recipe.load import Difference
+from megatron_curr.recipe.schema import Recipe
+from megatron_curr.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may start: its plan and its opened data."""
+
+    recipe: Recipe
+    folder: RunFolder
+    ledger: tuple[Entry, ...]
+    order: SampleOrder
+    shard_sets: dict[str, ShardSet]
+    heldout_sets: dict[str, ShardSet]
+    vocab_size: int
+    changes: list[Difference]  # against the recipe of the last start, all allowed
+
+    @property
+    def schedule(self) -> Schedule:
+        """The curriculum as it will run; shorter than the recipe's where a source ends it."""
+        return self.order.schedule
+
+
+def prepare(recipe: Recipe, world_size: int) -> Prepared:
+    """Check the recipe against ranks, data, tokenizer and run folder, and open what it needs.
+
+    Raises ``RecipeError``, ``DataError`` or ``CheckpointError``. Writes nothing.
+    """
+    check_recipe(recipe)
+    check_layout(recipe, world_size)
+    _check_extras(recipe)
+    folder = RunFolder(recipe.folder)
+    changes = folder.check_recipe(recipe)
+    sources = recipe.data.sources
+    shard_sets = {name: open_shards(source.shards, name=name) for name, source in sources.items()}
+    heldout_sets = {
+        name: open_shards(source.heldout, name=f"{name} (held out)")
+        for name, source in sources.items()
+        if source.heldout is not None
+    }
+    vocab_size = _vocab_size(recipe)
+    for shard_set in (*shard_sets.values(), *heldout_sets.values()):
+        check_vocabulary(shard_set, vocab_size)
+    source_tokens = {name: shard_set.num_tokens for name, shard_set in shard_sets.items()}
+    folder.check_sources(source_tokens)
+    ledger = folder.read_ledger(recipe)
+    order = SampleOrder(
+        ledger_schedule(ledger),
+        source_tokens,
+        seed=recipe.seed,
+        sources=sources,
+        chunk_tokens=recipe.data.chunk_tokens,
+    )
+    return Prepared(
+        recipe=recipe,
+        folder=folder,
+        ledger=ledger,
+        order=order,
+        shard_sets=shard_sets,
+        heldout_sets=heldout_sets,
+        vocab_size=vocab_size,
+        changes=changes,
+    )
+
+
+def _check_extras(recipe: Recipe) -> None:
+    wanted = {
+        "tensorboard": ("logging.tensorboard", recipe.logging.tensorboard),
+        "wandb": ("logging.wandb_project", recipe.logging.wandb_project),
+    }
+    for package, (place, is_wanted) in wanted.items():
+        if is_wanted and find_spec(package) is None:
+            raise RecipeError(
+                f"{place} is set but the package {package} is not installed; "
+                f"pip install 'megatron_curr[{package}]', or take the setting out"
+            )
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    """The model's, which may exceed the tokenizer's but not fall short of it."""
+    tokenizer_size = load_tokenizer(recipe.data.tokenizer).vocab_size
+    vocab_size = recipe.model.vocab_size or tokenizer_size
+    if vocab_size < tokenizer_size:
+        raise RecipeError(
+            f"model.vocab_size={vocab_size} is smaller than the {tokenizer_size} pieces of "
+            f"{recipe.data.tokenizer}; leave it out, or set it to {tokenizer_size} or more"
+        )
+    return vocab_size

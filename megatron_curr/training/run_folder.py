@@ -1,0 +1,200 @@
+"""The run folder: one place for everything a run writes, one run at a time. No torch here.
+
+``recipe.yaml`` (resolved), ``ledger.jsonl``, ``metrics.jsonl``, ``checkpoints/``, ``logs/`` and
+``lock``. A folder that has checkpoints is resumed; the recipe may then differ only in what does not
+decide what is trained.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from megatron_curr.curriculum.ledger import Entry, open_ledger, read_ledger
+from megatron_curr.errors import CheckpointError
+from megatron_curr.recipe.load import (
+    MAY_CHANGE_ON_RESUME,
+    Difference,
+    dump_recipe,
+    load_recipe,
+    recipe_differences,
+)
+from megatron_curr.recipe.schema import Recipe
+from megatron_curr.training.checkpoint_folder import (
+    RunState,
+    list_checkpoints,
+    read_state,
+    write_durably,
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and the rules for coming back to it."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """Which curriculum was valid from which token on."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are saved."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """One file a rank."""
+        return self.path / "logs"
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is something to resume."""
+        return bool(list_checkpoints(self.checkpoints))
+
+    def newest_state(self) -> RunState | None:
+        """The newest readable ``state.json``; whether its tensors are whole is not looked at."""
+        for checkpoint in reversed(list_checkpoints(self.checkpoints)):
+            try:
+                return read_state(checkpoint)
+            except (OSError, ValueError, TypeError):
+                continue
+        return None
+
+    def check_recipe(self, recipe: Recipe) -> list[Difference]:
+        """What changed since the run was last started, all of it allowed.
+
+        Raises ``CheckpointError`` listing what may not change between a save and its resume.
+        """
+        if not self.has_checkpoints:
+            return []
+        changes = recipe_differences(load_recipe(self.recipe), recipe)
+        refused = [change for change in changes if not change.allowed]
+        if refused:
+            raise CheckpointError(
+                f"{self.recipe}: the run was started with another recipe:\n"
+                + "\n".join(f"  {change}" for change in refused)
+                + "\n  What may change on resume: "
+                + ", ".join(MAY_CHANGE_ON_RESUME)
+            )
+        return changes
+
+    def check_sources(self, source_tokens: dict[str, int]) -> None:
+        """Raise ``CheckpointError`` when a source's shards are not those the run began with."""
+        state = self.newest_state()
+        for name, source in state.sources.items() if state else ():
+            found = source_tokens.get(name)
+            if found is not None and found != source.num_tokens:
+                raise CheckpointError(
+                    f"data.sources.{name}: its shards held {source.num_tokens:,} tokens when the "
+                    f"run was saved and hold {found:,} now, so samples would not be those planned; "
+                    "put the old shards back, or start a new run under another name"
+                )
+
+    def read_ledger(self, recipe: Recipe) -> tuple[Entry, ...]:
+        """The run's ledger; for a run that starts now, the one its recipe opens."""
+        return read_ledger(self.ledger) if self.has_checkpoints else open_ledger(recipe.curriculum)
+
+    def write_records(self, recipe: Recipe, ledger: Sequence[Entry]) -> None:
+        """Put the recipe of this start, and for a new run its ledger, on disk."""
+        try:
+            for folder in (self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self.recipe, dump_recipe(recipe))
+            if not self.has_checkpoints:
+                write_durably(self.ledger, "".join(entry.line() + "\n" for entry in ledger))
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def lock(self) -> RunLock:
+        """Hold the folder against every other run; released when the process ends."""
+        return RunLock(self.path / "lock")
+
+    def check_free(self) -> None:
+        """Raise ``CheckpointError`` when a run holds the folder now. Writes nothing."""
+        lock = self.path / "lock"
+        if not lock.exists():
+            return
+        with lock.open("r") as stream:
+            _seize(stream.fileno(), lock)
+
+
+class RunLock:
+    """An advisory lock that the kernel drops with its holder, so it is never left behind."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ``CheckpointError`` naming the holder when another run has it."""
+        self._descriptor: int | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _unwritable(path.parent, error) from None
+        try:
+            _seize(self._descriptor, path)
+        except CheckpointError:
+            self._close()
+            raise
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(
+            self._descriptor, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0
+        )
+        # A forked child shares the lock and would hold it past the end of its parent.
+        os.register_at_fork(after_in_child=self._close)
+
+    def release(self) -> None:
+        """Let go; harmless when already done."""
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # for forked children, too
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def _seize(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() or "an unknown process"
+        raise CheckpointError(
+            f"{path.parent}: this run folder is already in use by {holder}; wait for that run, "
+            "stop it, or give this one another name or run_folder"
+        ) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: the run folder cannot be written ({error.strerror}: {error.filename}); "
+        "set run_folder to a place you may write to, with room on its disk"
+    )

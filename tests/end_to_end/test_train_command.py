@@ -1,0 +1,140 @@
+"""``megatron-curr train`` as a user runs it: killed, stopped, refused. Real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_curr.training.checkpoint_folder import list_checkpoints, read_state
+from megatron_curr.training.run_folder import RunFolder
+from tests.training.runs import Runs, losses, newest_tensors, rows
+from tests.training.tiny import write_corpus
+
+TP2 = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    corpus = tmp_path_factory.mktemp("corpus")
+    write_corpus(corpus)
+    return Runs(corpus, tmp_path_factory.mktemp("runs"))
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_curr", "train", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    def reached() -> bool:
+        try:
+            return rows(run)[-1]["step"] >= step
+        except (OSError, IndexError, ValueError):
+            return False
+
+    wait_until(reached, process)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        assert process.poll() is None, finish(process)
+        time.sleep(0.01)
+
+
+def test_killed_twice_and_resumed_is_the_unbroken_run_to_the_bit(runs: Runs) -> None:
+    unbroken = runs.train("unbroken")
+    recipe, run = runs.recipe("killed"), runs.folder / "killed"
+    for step in (6, 14):
+        process = start(recipe)
+        wait_for_step(run, step, process)
+        process.kill()
+        finish(process)
+    code, output = finish(start(recipe))
+    assert code == 0, output
+    assert "resumed at token" in output
+    assert rows(run) == rows(unbroken)
+    assert newest_tensors(run) == newest_tensors(unbroken)
+
+
+def test_sigterm_saves_and_ends_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
+    recipe, run = runs.recipe("terminated", TP2), runs.folder / "terminated"
+    process = start(recipe, "--ranks", 2)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 0, output
+    assert "stopped by SIGTERM at token" in output
+    assert f"megatron-curr train {run}/recipe.yaml --ranks 2" in output
+    (newest,) = list_checkpoints(run / "checkpoints")[-1:]
+    assert read_state(newest).consumed_tokens == rows(run)[-1]["consumed_tokens"] < 8192
+    assert (run / "logs" / "rank_1.log").read_text().count("rank 1 of 2") == 1
+    code, output = finish(start(runs.recipe("terminated")))
+    assert code == 0, output
+    assert (
+        "changed since the last start: parallel.tensor_model_parallel_size: was 2, is 1" in output
+    )
+    assert len(losses(run)) == 24
+
+
+def test_a_rank_that_dies_takes_the_others_down(runs: Runs) -> None:
+    run = runs.folder / "crashed"
+    process = start(runs.recipe("crashed", TP2), "--ranks", 2)
+    log = run / "logs" / "rank_1.log"
+    wait_until(lambda: log.exists() and "pid" in log.read_text(), process)
+    os.kill(int(log.read_text().split("pid ")[1].split()[0]), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 1
+    assert "rank 1 was killed by SIGKILL" in output
+
+
+def refused(recipe: Path, *arguments: object) -> str:
+    """The message of a command that must be refused as wrong input."""
+    code, output = finish(start(recipe, *arguments))
+    assert code == 2, output
+    assert "Traceback" not in output
+    return " ".join(output.split())
+
+
+def test_wrong_input_is_told_once_and_nothing_is_written(runs: Runs) -> None:
+    message = refused(runs.recipe("unfit", TP2), "--ranks", 3)
+    assert message.count("3 ranks cannot hold tensor 2") == 1
+    assert not (runs.folder / "unfit").exists()
+    message = refused(runs.recipe("lost", {"data.sources.code.shards": str(runs.folder / "none")}))
+    assert "none" in message and "data.sources" in message
+    message = refused(runs.recipe("greedy", {"data.sources.prose.max_epochs": 0.01}))
+    assert "data.sources.prose would be read more than max_epochs=0.01 times" in message
+    assert not any((runs.folder / name).exists() for name in ("lost", "greedy"))
+
+
+def test_a_folder_in_use_or_of_another_recipe_is_refused(runs: Runs) -> None:
+    run = runs.train("taken", stop_at_tokens=1024)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with RunFolder(run).lock():
+        message = refused(runs.recipe("taken"))
+        assert f"already in use by pid {os.getpid()} on host" in message
+    message = refused(runs.recipe("taken", {"seed": 12, "model.num_layers": 2}))
+    assert "seed: was 11, is 12" in message and "model.num_layers: was 4, is 2" in message
+    assert "What may change on resume: parallel, checkpoint" in message
+    lock = run / "lock"
+    assert {p: p.read_bytes() for p in before if p != lock} == {
+        p: content for p, content in before.items() if p != lock
+    }

@@ -1,0 +1,152 @@
+"""Torn checkpoints, a full disk, retention: what a run does about its saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_curr.training.checkpoint_folder import (
+    clear_unfinished,
+    find_fault,
+    list_checkpoints,
+    read_state,
+)
+from tests.ranks import RankError, run_ranks
+from tests.training.runs import Runs, newest_tensors, rows, tear, train_rank
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Runs) -> Path:
+    return runs.train("finished", changes={"checkpoint.keep_last": 3})
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may damage."""
+    return shutil.copytree(
+        list_checkpoints(finished / "checkpoints")[-1], tmp_path / "step_00000024"
+    )
+
+
+def test_a_whole_checkpoint_has_no_fault(copy: Path) -> None:
+    assert find_fault(copy) is None
+    assert {path.name for path in copy.iterdir()} == {
+        ".metadata", "__0_0.distcp", "common.pt", "manifest.json", "metadata.json", "state.json",
+    }  # fmt: skip
+
+
+def test_every_kind_of_damage_is_found(copy: Path) -> None:
+    def fault_after(damage) -> str:  # type: ignore[no-untyped-def]
+        broken = copy.with_name("broken")
+        shutil.copytree(copy, broken)
+        damage(broken)
+        fault = find_fault(broken)
+        shutil.rmtree(broken)
+        assert fault is not None
+        return fault
+
+    assert "does not match its checksum" in fault_after(tear)
+    assert "is missing" in fault_after(lambda folder: (folder / "common.pt").unlink())
+    assert "bytes instead of" in fault_after(lambda f: os.truncate(f / "__0_0.distcp", 1000))
+    assert "manifest.json cannot be read" in fault_after(lambda f: (f / "manifest.json").unlink())
+    assert "not readable JSON" in fault_after(lambda f: os.truncate(f / "manifest.json", 50))
+    assert "checksum" in fault_after(lambda f: tear(f, ".metadata"))
+
+    def forget_the_clock(folder: Path) -> None:
+        (folder / "state.json").write_text("{}")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["files"]["state.json"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    assert "state.json is unreadable" in fault_after(forget_the_clock)
+
+
+def test_checksums_can_be_divided_between_ranks(copy: Path) -> None:
+    tear(copy)
+    faults = [find_fault(copy, share=(rank, 3)) for rank in range(3)]
+    assert sum(fault is not None for fault in faults) == 1
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_newest_intact_one(
+    runs: Runs, finished: Path
+) -> None:
+    tensors, steps = newest_tensors(finished), rows(finished)
+    checkpoints = list_checkpoints(finished / "checkpoints")
+    tear(checkpoints[-1])
+    (checkpoints[-2] / "common.pt").unlink()
+    (finished / "checkpoints" / ".saving-step_00000099").mkdir()
+    runs.train("finished", changes={"checkpoint.keep_last": 3})
+    log = (finished / "logs" / "rank_0.log").read_text()
+    assert "step_00000024 is torn and was passed over: __0_0.distcp does not match" in log
+    assert "step_00000022 is torn and was passed over: common.pt is missing" in log
+    assert "resumed at token 6144, step 20" in log
+    assert newest_tensors(finished) == tensors
+    assert rows(finished) == steps  # the rows after token 6144 were written again, not doubled
+    assert list((finished / "logs").glob("metrics_after_6144_*.jsonl"))
+    assert (finished / "checkpoints" / "torn-step_00000024").is_dir()
+    assert not (finished / "checkpoints" / ".saving-step_00000099").exists()
+
+
+def test_no_intact_checkpoint_is_an_error_that_loses_nothing(runs: Runs) -> None:
+    run = runs.train("all_torn", stop_at_tokens=1024)
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    tear(checkpoint)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(RankError, match=r"CheckpointError: .*no checkpoint is intact: step_0+4"):
+        runs.train("all_torn")
+    assert list_checkpoints(run / "checkpoints") == [checkpoint]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_retention_keeps_the_last_ones_and_one_for_every_so_many_tokens(runs: Runs) -> None:
+    changes = {"checkpoint.keep_last": 1, "checkpoint.keep_every_tokens": 2500}
+    run = runs.train("retention", changes=changes)
+    states = [read_state(path) for path in list_checkpoints(run / "checkpoints")]
+    assert [state.consumed_tokens for state in states] == [3072, 5120, 8192]
+    assert [state.keep for state in states] == [True, True, True]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000024\n"
+
+
+def test_state_holds_the_clock_and_every_source(runs: Runs) -> None:
+    run = runs.train("state", stop_at_tokens=5500)
+    state = read_state(list_checkpoints(run / "checkpoints")[-1])
+    assert (state.consumed_tokens, state.step, state.optimizer_step) == (5632, 19, 19)
+    assert sum(source.consumed_tokens for source in state.sources.values()) == 5632
+    assert state.layout == {"dp": 1, "tp": 1, "pp": 1, "cp": 1}
+    assert {"torch", "megatron-core"} <= state.versions.keys()
+
+
+def test_unfinished_saves_of_a_dead_run_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".saving-step_00000001" / "deep").mkdir(parents=True)
+    (tmp_path / "step_00000001").mkdir()
+    assert clear_unfinished(tmp_path) == [".saving-step_00000001"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_disk_that_fills_keeps_the_checkpoint_before_and_the_run_goes_on(runs: Runs) -> None:
+    """The kernel refuses to let any file grow past a limit, as a full disk does (EFBIG, ENOSPC)."""
+    run = runs.train("full_disk", stop_at_tokens=1024)
+    intact = newest_tensors(run)
+    with pytest.raises(RankError, match=r"SaveFailed: the last checkpoint, at token 3072"):
+        run_ranks(train_with_small_files, 2, str(runs.recipe("full_disk")), 2, 3072)
+    log = (run / "logs" / "rank_0.log").read_text()
+    assert "checkpoint of step 8 is given up (rank 0: " in log
+    assert "the one before is intact, the run goes on" in log
+    assert newest_tensors(run) == intact
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == [
+        "step_00000004"
+    ]
+    assert rows(run)[-1]["consumed_tokens"] == 3072  # steps went on after the save of step 8 failed
+    resumed = runs.train("full_disk", stop_at_tokens=2048)
+    assert find_fault(list_checkpoints(resumed / "checkpoints")[-1]) is None
+
+
+def train_with_small_files(rank: int, recipe: str, ranks: int, stop_at_tokens: int) -> None:
+    """Two ranks that may write at most 200 kB a file: metrics and logs fit, tensors do not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    train_rank(rank, recipe, ranks, stop_at_tokens)

@@ -1,0 +1,159 @@
+"""Coming back to a run folder: what is refused, and that the lock goes with its holder."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_curr.curriculum.ledger import open_ledger
+from megatron_curr.data.shards import ShardWriter
+from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.recipe.load import load_recipe
+from megatron_curr.training import preflight
+from megatron_curr.training.checkpoint_folder import (
+    RunState,
+    SourceState,
+    is_keeper,
+    publish,
+    read_state,
+    retire,
+    saving_folder,
+    write_manifest,
+)
+from megatron_curr.training.preflight import prepare
+from megatron_curr.training.run_folder import RunFolder
+from tests.training.runs import Runs
+
+
+def saved_state(step: int, **changes: object) -> RunState:
+    values = {
+        "consumed_tokens": step * 256,
+        "step": step,
+        "optimizer_step": step,
+        "ledger_head": "0" * 64,
+        "recipe_fingerprint": "f",
+        "sources": {"prose": SourceState(consumed_tokens=step * 256, epochs=0.1, num_tokens=999)},
+        "nonfinite_steps": 0,
+        "nonfinite_in_a_row": 0,
+        "keep": False,
+        "layout": {"dp": 1},
+        "versions": {},
+    }
+    return RunState(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def save(folder: Path, state: RunState) -> Path:
+    """A checkpoint without tensors."""
+    saving = saving_folder(folder, state.step)
+    saving.mkdir(parents=True)
+    (saving / "state.json").write_text(state.to_json())
+    write_manifest(saving, {})
+    return publish(saving, state.step)
+
+
+def test_state_survives_the_disk(tmp_path: Path) -> None:
+    state = saved_state(7, keep=True)
+    assert read_state(save(tmp_path, state)) == state
+    assert (tmp_path / "latest").read_text() == "step_00000007\n"
+
+
+def test_retention(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        keep = is_keeper(tmp_path, step * 256, 700)
+        save(tmp_path, saved_state(step, keep=keep))
+        retire(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [
+        "step_00000003",  # first past 700
+        "step_00000005",  # last two, of which the sixth is the first past 1400
+        "step_00000006",
+    ]
+
+
+def test_a_new_run_may_have_any_recipe_and_a_saved_one_may_not(runs: Runs, tmp_path: Path) -> None:
+    recipe = load_recipe(runs.recipe("any"))
+    folder = RunFolder(tmp_path / "run")
+    assert folder.check_recipe(recipe) == []
+    folder.write_records(recipe, open_ledger(recipe.curriculum))
+    other = load_recipe(runs.recipe("any", {"seed": 1, "evaluation.every_tokens": 999}))
+    assert folder.check_recipe(other) == []
+    save(folder.checkpoints, saved_state(1))
+    with pytest.raises(CheckpointError, match=r"seed: was 11, is 1; put the old value back"):
+        folder.check_recipe(other)
+    allowed = load_recipe(runs.recipe("any", {"evaluation.every_tokens": 999}))
+    assert [change.path for change in folder.check_recipe(allowed)] == ["evaluation.every_tokens"]
+
+
+def test_shards_that_changed_since_the_save_are_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    save(folder.checkpoints, saved_state(1))
+    folder.check_sources({"prose": 999, "code": 5})
+    with pytest.raises(CheckpointError, match=r"prose: its shards held 999 .* hold 1,000 now"):
+        folder.check_sources({"prose": 1000})
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with forked(lambda: folder.lock()) as child:
+        with pytest.raises(CheckpointError, match=f"already in use by pid {child} on host"):
+            folder.check_free()
+        with pytest.raises(CheckpointError, match="already in use"):
+            folder.lock()
+    with folder.lock():
+        pass
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    lock = RunFolder(tmp_path).lock()
+    with forked(lambda: None):
+        lock.release()
+        RunFolder(tmp_path).lock().release()
+
+
+@contextmanager
+def forked(first: Callable[[], object]) -> Iterator[int]:
+    """A child that does something and then lives until it is killed."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        kept = first()
+        os.write(tell, b"x")
+        signal.pause()
+        os._exit(int(kept is None))
+    try:
+        os.read(told, 1)
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_named(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/run: the run folder cannot be written"):
+        RunFolder(tmp_path / "file" / "run").lock()
+
+
+def test_preparing_checks_tokenizer_vocabulary_and_shards(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model.vocab_size=100 is smaller than the 320 pieces"):
+        prepare(load_recipe(runs.recipe("small_vocabulary", {"model.vocab_size": 100})), 1)
+    prepared = prepare(load_recipe(runs.recipe("wide", {"model.vocab_size": 512})), 1)
+    assert prepared.vocab_size == 512
+    assert prepared.schedule.total_tokens == 8192
+    with ShardWriter(tmp_path / "one", np.dtype(np.uint16)) as writer:
+        writer.add_document([1, 2])
+    single = {"data.sources.prose.shards": str(tmp_path / "one")}
+    with pytest.raises(RecipeError, match=r"data.sources.prose holds 2 tokens"):
+        prepare(load_recipe(runs.recipe("short", single)), 1)
+
+
+def test_a_missing_package_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda package: None)
+    wanted = {"logging": {"wandb_project": "p"}}
+    with pytest.raises(RecipeError, match=r"logging.wandb_project is set but the package wandb"):
+        prepare(load_recipe(runs.recipe("logged", wanted)), 1)
