@@ -122,7 +122,13 @@ def convert(
     """Write the newest intact checkpoint as a Hugging Face folder: weights, config, tokenizer."""
     from megatron_curr.convert.export import export_run
 
-    typer.echo(str(export_run(run, output, dtype=dtype).folder))
+    done = export_run(run, output, dtype=dtype)
+    for fault in done.passed_over:
+        typer.echo(f"passed over {fault}", err=True)
+    typer.echo(
+        f"{done.folder}: {done.architecture}, {done.num_parameters:,} parameters in {done.dtype}, "
+        f"from {done.checkpoint}"
+    )
 
 
 @app.command(epilog="Example: megatron-curr report runs/demo_text")

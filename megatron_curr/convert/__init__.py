@@ -1,0 +1,1 @@
+"""Checkpoints as Hugging Face folders, with proof that both models are one."""

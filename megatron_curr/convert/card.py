@@ -1,0 +1,105 @@
+"""The model card: what the run says about the model, as a Hugging Face README.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+
+from megatron_curr.convert.source import Source
+from megatron_curr.report.records import RunRecords, read_run
+from megatron_curr.units import format_count
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """What one source gave, and the loss on its held-out text, nats per token."""
+
+    name: str
+    consumed_tokens: int
+    share: float
+    epochs: float
+    loss: float
+
+
+def write_card(source: Source, folder: Path, *, architecture: str, num_parameters: int) -> None:
+    """Write ``README.md`` from the run's recipe, state and metrics up to the checkpoint."""
+    run = read_run(source.run)
+    consumed_tokens = source.state.consumed_tokens
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["count"] = format_count
+    template = environment.from_string(
+        files("megatron_curr.convert").joinpath("card.md.j2").read_text(encoding="utf-8")
+    )
+    text = template.render(
+        name=source.recipe.name,
+        recipe=source.recipe,
+        recipe_text=run.recipe_text,
+        architecture=architecture,
+        num_parameters=num_parameters,
+        state=source.state,
+        consumed_tokens=consumed_tokens,
+        total_tokens=run.schedule.total_tokens,
+        phases=_phase_lines(run, consumed_tokens),
+        sources=_source_lines(source, run),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _phase_lines(run: RunRecords, consumed_tokens: int) -> list[dict[str, object]]:
+    lines: list[dict[str, object]] = []
+    for phase in run.phases:
+        if phase.start_tokens >= consumed_tokens:
+            break
+        first, last = run.plan_at(phase.start_tokens), run.plan_at(phase.end_tokens - 1)
+        lines.append(
+            {
+                "name": phase.name,
+                "tokens": min(phase.end_tokens, consumed_tokens) - phase.start_tokens,
+                "seq_length": first.seq_length,
+                "batch": _span(f"{first.step_tokens:,}", f"{last.step_tokens:,}"),
+                "rate": _span(f"{first.learning_rate:.3g}", f"{last.learning_rate:.3g}"),
+                "mixture": _span(
+                    _mixture(run, phase.start_tokens), _mixture(run, phase.end_tokens - 1)
+                ),
+            }
+        )
+    return lines
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first} → {last}"
+
+
+def _mixture(run: RunRecords, tokens: int) -> str:
+    weights = run.schedule.weights_at(tokens)
+    shown = sorted(weights.items(), key=lambda item: -item[1])[:8]
+    return ", ".join(f"{name} {weight:.1%}" for name, weight in shown if weight >= 0.0005)
+
+
+def _source_lines(source: Source, run: RunRecords) -> list[SourceLine]:
+    known = [
+        row
+        for row in run.evaluations.rows
+        if row["consumed_tokens"] <= source.state.consumed_tokens
+    ]
+    total = max(sum(state.consumed_tokens for state in source.state.sources.values()), 1)
+    lines = []
+    for name in source.recipe.data.sources:
+        state = source.state.sources.get(name)
+        loss = known[-1].get(f"eval/{name}/loss_nats_per_token") if known else None
+        lines.append(
+            SourceLine(
+                name=name,
+                consumed_tokens=state.consumed_tokens if state else 0,
+                share=(state.consumed_tokens if state else 0) / total,
+                epochs=state.epochs if state else 0.0,
+                loss=math.nan if loss is None else float(loss),
+            )
+        )
+    return lines
