@@ -65,6 +65,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "tensorboard>=2.18",
             "types-PyYAML>=6",
         ],
     },

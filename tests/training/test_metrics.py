@@ -16,6 +16,7 @@ from megatron_curr.training.metrics import (
     drop_rows_after,
 )
 from tests.ranks import run_ranks
+from tests.training.runs import Runs, rows
 
 
 def test_names_are_registered_once_and_others_are_refused() -> None:
@@ -63,3 +64,17 @@ def write_past_a_limit(rank: int, path: Path) -> None:
     metrics.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["consumed_tokens"] for row in rows] == list(range(11))
+
+
+def test_tensorboard_and_utilisation_are_written_when_asked_for(runs: Runs) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"tensorboard": True, "peak_flops_per_device": 1e12}
+    run = runs.train("logged", changes={"logging": settings}, stop_at_tokens=512)
+    events = EventAccumulator(str(run / "logs" / "tensorboard"))
+    events.Reload()
+    written = rows(run)
+    shown = [event.value for event in events.Scalars("train/loss_nats_per_token")]
+    assert shown == pytest.approx([row["train/loss_nats_per_token"] for row in written])
+    used = [json.loads(line).get("perf/mfu_frac") for line in (run / "metrics.jsonl").open()]
+    assert [0 < value < 1 for value in used if value is not None] == [True] * len(written)
