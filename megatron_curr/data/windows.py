@@ -23,6 +23,8 @@ from megatron_curr.errors import DataError
 
 Ints = NDArray[np.int64]
 
+NUM_PROBES, PROBE_TOKENS = 64, 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -99,6 +101,17 @@ def cut_rows(
         loss_mask_BS=loss_mask_BS,
         document_ids_BS=document_ids_BS,
     )
+
+
+def probe_vocabulary(shard_set: ShardSet, vocab_size: int) -> None:
+    """Read windows spread over a stream whose largest id no manifest tells.
+
+    Raises ``DataError`` for a token id outside the vocabulary.
+    """
+    length = min(PROBE_TOKENS, shard_set.num_tokens) - 1
+    firsts = np.linspace(0, shard_set.num_tokens - length - 1, NUM_PROBES, dtype=np.int64)
+    rows = [Row(shard_set, first, length) for first in firsts.tolist()]
+    cut_rows(rows, length, vocab_size=vocab_size)
 
 
 def _document_starts(rows: Sequence[Row], width: int) -> NDArray[np.bool_]:

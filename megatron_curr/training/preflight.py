@@ -14,6 +14,7 @@ from megatron_curr.curriculum.schedule import Schedule
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
 from megatron_curr.data.tokenizer import load_tokenizer
+from megatron_curr.data.windows import probe_vocabulary
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import check_layout, check_recipe
 from megatron_curr.recipe.load import Difference
@@ -60,6 +61,8 @@ def prepare(recipe: Recipe, world_size: int) -> Prepared:
     vocab_size = _vocab_size(recipe)
     for shard_set in (*shard_sets.values(), *heldout_sets.values()):
         check_vocabulary(shard_set, vocab_size)
+        if shard_set.max_token_id is None:
+            probe_vocabulary(shard_set, vocab_size)
     source_tokens = {name: shard_set.num_tokens for name, shard_set in shard_sets.items()}
     folder.check_sources(source_tokens)
     ledger = folder.read_ledger(recipe)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_curr.curriculum.ledger import open_ledger
 from megatron_curr.data.shards import ShardWriter
-from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.errors import CheckpointError, DataError, RecipeError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training import preflight
 from megatron_curr.training.checkpoint_folder import (
@@ -150,6 +150,17 @@ def test_preparing_checks_tokenizer_vocabulary_and_shards(runs: Runs, tmp_path: 
     single = {"data.sources.prose.shards": str(tmp_path / "one")}
     with pytest.raises(RecipeError, match=r"data.sources.prose holds 2 tokens"):
         prepare(load_recipe(runs.recipe("short", single)), 1)
+
+
+def test_ids_of_another_tokenizer_are_found_before_anything_is_written(
+    runs: Runs, tmp_path: Path
+) -> None:
+    with ShardWriter(tmp_path / "other", np.dtype(np.uint16)) as writer:
+        writer.add_document(np.full(100_000, 5000))
+    recipe = runs.recipe("foreign", {"data.sources.code.shards": str(tmp_path / "other")})
+    with pytest.raises(DataError, match=r"other.bin: token \d+ has id 5000, but the vocabulary"):
+        prepare(load_recipe(recipe), 1)
+    assert not (runs.folder / "foreign").exists()
 
 
 def test_a_missing_package_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
