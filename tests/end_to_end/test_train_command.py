@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_curr.data.shards import ShardWriter
 from megatron_curr.training.checkpoint_folder import list_checkpoints, read_state
 from megatron_curr.training.run_folder import RunFolder
 from tests.training.runs import Runs, losses, newest_tensors, rows
@@ -38,7 +40,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
@@ -53,7 +55,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         assert process.poll() is None, finish(process)
@@ -61,21 +63,21 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 
 def test_killed_twice_and_resumed_is_the_unbroken_run_to_the_bit(runs: Runs) -> None:
-    unbroken = runs.train("unbroken")
-    recipe, run = runs.recipe("killed"), runs.folder / "killed"
+    unbroken = runs.train("unbroken", ranks=2, changes=TP2)
+    recipe, run = runs.recipe("killed", TP2), runs.folder / "killed"
     for step in (6, 14):
-        process = start(recipe)
+        process = start(recipe, "--ranks", 2)
         wait_for_step(run, step, process)
         process.kill()
         finish(process)
-    code, output = finish(start(recipe))
+    code, output = finish(start(recipe, "--ranks", 2))
     assert code == 0, output
     assert "resumed at token" in output
     assert rows(run) == rows(unbroken)
     assert newest_tensors(run) == newest_tensors(unbroken)
 
 
-def test_sigterm_saves_and_ends_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
+def test_signals_save_and_end_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
     recipe, run = runs.recipe("terminated", TP2), runs.folder / "terminated"
     process = start(recipe, "--ranks", 2)
     wait_for_step(run, 2, process)
@@ -87,11 +89,17 @@ def test_sigterm_saves_and_ends_cleanly_and_one_rank_goes_on(runs: Runs) -> None
     (newest,) = list_checkpoints(run / "checkpoints")[-1:]
     assert read_state(newest).consumed_tokens == rows(run)[-1]["consumed_tokens"] < 8192
     assert (run / "logs" / "rank_1.log").read_text().count("rank 1 of 2") == 1
-    code, output = finish(start(runs.recipe("terminated")))
+    process = start(runs.recipe("terminated"))
+    wait_for_step(run, 10, process)
+    process.send_signal(signal.SIGUSR1)
+    code, output = finish(process)
     assert code == 0, output
     assert (
         "changed since the last start: parallel.tensor_model_parallel_size: was 2, is 1" in output
     )
+    assert "stopped by SIGUSR1 at token" in output
+    code, output = finish(start(runs.recipe("terminated")))
+    assert code == 0, output
     assert len(losses(run)) == 24
 
 
@@ -114,15 +122,40 @@ def refused(recipe: Path, *arguments: object) -> str:
     return " ".join(output.split())
 
 
-def test_wrong_input_is_told_once_and_nothing_is_written(runs: Runs) -> None:
+def bad_shards(folder: Path) -> Path:
+    """Shards with something wrong, one kind a name."""
+    folder.mkdir()
+    for name, tokens in (("truncated", range(9000)), ("foreign", [1]), ("other_ids", [999] * 9000)):
+        with ShardWriter(folder / name, np.dtype(np.uint16)) as writer:
+            writer.add_document(np.array(tokens) % 300 if name == "truncated" else tokens)
+    os.truncate(folder / "truncated.bin", 17_000)
+    (folder / "foreign.idx").write_bytes(b"not an index" * 9)
+    with ShardWriter(folder / "empty", np.dtype(np.uint16)):
+        pass
+    return folder
+
+
+def test_wrong_input_is_told_once_and_nothing_is_written(runs: Runs, tmp_path: Path) -> None:
+    bad = bad_shards(tmp_path / "bad")
+    code_shards, first = "data.sources.code.shards", "curriculum.phases.0"
+    wrong: dict[str, tuple[str, object, str]] = {
+        "lost": (code_shards, str(tmp_path / "none"), "none: neither a folder nor a shard"),
+        "truncated": (code_shards, str(bad / "truncated"), "truncated.bin: 17,000 bytes, but"),
+        "foreign": (code_shards, str(bad / "foreign"), "this is not a Megatron .idx file"),
+        "other_ids": (code_shards, str(bad / "other_ids"), "other_ids.bin: token 0 has id 999"),
+        "empty": (code_shards, str(bad / "empty"), "not one token: an empty source"),
+        "negative": (f"{first}.mixture", {"prose": -1.0}, "weight of 'prose' is -1.0"),
+        "zeros": (f"{first}.mixture", {"prose": 0.0}, "every weight is zero"),
+        "nan": (f"{first}.mixture", {"prose": float("nan")}, "weight of 'prose' is nan"),
+        "no_tokens": (f"{first}.tokens", 0, "curriculum.phases.0.tokens: found 0"),
+        "greedy": ("data.sources.prose.max_epochs", 0.01, "more than max_epochs=0.01 times"),
+    }
+    for name, (path, value, expected) in wrong.items():
+        assert expected in refused(runs.recipe(name, {path: value})), name
+        assert not (runs.folder / name).exists()
     message = refused(runs.recipe("unfit", TP2), "--ranks", 3)
     assert message.count("3 ranks cannot hold tensor 2") == 1
     assert not (runs.folder / "unfit").exists()
-    message = refused(runs.recipe("lost", {"data.sources.code.shards": str(runs.folder / "none")}))
-    assert "none" in message and "data.sources" in message
-    message = refused(runs.recipe("greedy", {"data.sources.prose.max_epochs": 0.01}))
-    assert "data.sources.prose would be read more than max_epochs=0.01 times" in message
-    assert not any((runs.folder / name).exists() for name in ("lost", "greedy"))
 
 
 def test_a_folder_in_use_or_of_another_recipe_is_refused(runs: Runs) -> None:
