@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_curr.errors import CheckpointError
+from megatron_curr.recipe.load import load_recipe
 from megatron_curr.report import build_report, write_report
 from megatron_curr.report.build import FIGURES
 from megatron_curr.report.facts import (
@@ -23,7 +24,7 @@ from megatron_curr.report.facts import (
     switches,
 )
 from megatron_curr.report.records import read_run
-from tests.report.synthetic import many_sources, write_run
+from tests.report.synthetic import DEMO_RECIPE, many_sources, write_run
 
 LOADS = {"src", "href", "data", "srcset", "poster", "action"}
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -171,7 +172,9 @@ def test_a_source_off_its_plan_is_reported(finished: Path) -> None:
 
 
 def test_the_table_of_a_run_counts_only_what_was_trained(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "run", until_tokens=100_000))
+    recipe = load_recipe(DEMO_RECIPE)
+    half_tokens = recipe.curriculum.phases[0].tokens // 2
+    run = read_run(write_run(tmp_path / "run", recipe=recipe, until_tokens=half_tokens))
     first, second, third = phase_facts(run)
     assert 0 < first.consumed_tokens < first.planned_tokens
     assert second.consumed_tokens == third.consumed_tokens == 0
