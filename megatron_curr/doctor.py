@@ -182,4 +182,7 @@ def _examine_recipe(diagnosis: Diagnosis, recipe: Recipe) -> None:
         return
     from megatron_curr.models.backend import describe_backend
 
-    diagnosis.modules = describe_backend(isolate_documents=recipe.data.isolate_documents)
+    diagnosis.modules = describe_backend(
+        isolate_documents=recipe.data.isolate_documents,
+        has_experts=recipe.model.num_moe_experts is not None,
+    )

@@ -105,6 +105,11 @@ def export_run(
 
 def choose_family(model: Model) -> Family:
     """The architecture that is this model exactly. Raises ``RecipeError`` when there is none."""
+    if model.num_moe_experts is not None:
+        raise RecipeError(
+            f"model.num_moe_experts={model.num_moe_experts}: there is no table here for experts; "
+            "dense ones convert: " + ", ".join(family.architecture for family in FAMILIES)
+        )
     found = next((family for family in FAMILIES if family.fits(model)), None)
     if found is None:
         raise RecipeError(

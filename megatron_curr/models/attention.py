@@ -23,6 +23,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_curr.parallel.context_attention import attention
+from megatron_curr.parallel.context_exchange import (
+    ContextExchange,
+    build_exchange,
+    build_hierarchical_groups,
+)
 
 _MASKS = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 
@@ -52,7 +57,7 @@ class CoreAttention(MegatronModule):
         assert config.window_size is None, "sliding windows are not offered"
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group = pg_collection.cp if pg_collection is not None else None
+        self.exchange = _exchange(config, cp_comm_type, pg_collection)
 
     def forward(
         self,
@@ -73,6 +78,22 @@ class CoreAttention(MegatronModule):
             softmax_scale=self.softmax_scale,
             document_ids_BS=attention_mask,
             is_causal=_MASKS[attn_mask_type or self.attn_mask_type],
-            cp_group=self.cp_group,
+            exchange=self.exchange,
         )
         return out_SBNH.reshape(*out_SBNH.shape[:2], -1)
+
+
+def _exchange(
+    config: TransformerConfig, cp_comm_type: str | None, groups: ProcessGroupCollection | None
+) -> ContextExchange | None:
+    """None on one rank. Without a name it is the ring, as in Transformer Engine."""
+    if config.context_parallel_size == 1 or groups is None:
+        return None
+    levels = None
+    if cp_comm_type == "a2a+p2p":
+        all_to_all_size, ring_size = config.hierarchical_context_parallel_sizes
+        # Groups that megatron-core was not asked for are made here, once for all layers.
+        levels = getattr(groups, "hcp", None) or build_hierarchical_groups(
+            groups.cp, (all_to_all_size, ring_size)
+        )
+    return build_exchange(cp_comm_type or "p2p", groups.cp, hierarchical_groups=levels)

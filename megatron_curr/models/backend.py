@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_curr.models.attention import CoreAttention
 from megatron_curr.models.norms import ApexRMSNorm, RMSNorm
@@ -67,7 +68,14 @@ def choose_backend(*, isolate_documents: bool) -> BackendSpecProvider:
     return TransformerEngineBackend()
 
 
-def describe_backend(*, isolate_documents: bool = False) -> dict[str, str]:
+def experts_of(backend: BackendSpecProvider) -> tuple[type, MLPSubmodules | None]:
+    """The module of a rank's routed experts: grouped where Transformer Engine can."""
+    return backend.grouped_mlp_modules(have_transformer_engine(), False)
+
+
+def describe_backend(
+    *, isolate_documents: bool = False, has_experts: bool = False
+) -> dict[str, str]:
     """Role to ``module.Class`` of every module the choice gives, for ``megatron-curr doctor``."""
     backend = choose_backend(isolate_documents=isolate_documents)
     roles: dict[str, type | None] = {
@@ -77,6 +85,7 @@ def describe_backend(*, isolate_documents: bool = False) -> dict[str, str]:
         "norm_and_linear": backend.column_parallel_layer_norm_linear(),
         "row_parallel_linear": backend.row_parallel_linear(),
         "core_attention": backend.core_attention(),
+        "experts": experts_of(backend)[0] if has_experts else None,
     }
     return {
         role: f"{module.__module__}.{module.__qualname__}"

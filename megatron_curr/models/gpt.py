@@ -1,13 +1,14 @@
 """A decoder-only transformer as megatron-core's GPTModel, through our choice of modules.
 
 RoPE, RMSNorm, SwiGLU, grouped queries, tied or untied embeddings, optional norms of queries and
-keys and biases of the fused query-key-value projection: Llama and Qwen are settings of it.
+keys, biases of the fused query-key-value projection and experts: Llama, Qwen and Mixtral are
+settings of it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 
 from megatron_curr.models.backend import (
@@ -32,8 +34,10 @@ from megatron_curr.models.backend import (
     have_fused_weight_gradients,
     have_transformer_engine,
 )
+from megatron_curr.models.experts import expert_layer, expert_settings, mark_expert_parameters
 from megatron_curr.models.weights import initialise_weights
 from megatron_curr.parallel.groups import Groups
+from megatron_curr.recipe.context_rules import hierarchical_sizes
 
 if TYPE_CHECKING:
     from megatron_curr.recipe.schema import Model, Parallel
@@ -61,7 +65,6 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
     dtype = PRECISIONS[precision]
     on_gpu = torch.cuda.is_available()
     tp_size = parallel.tensor_model_parallel_size
-    full_recompute = parallel.recompute_granularity == "full"
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -92,10 +95,13 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.context_parallel_exchange,
+        hierarchical_context_parallel_sizes=hierarchical_sizes(model, parallel),
         calculate_per_token_loss=True,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method="uniform" if full_recompute else None,
-        recompute_num_layers=1 if full_recompute else None,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        **_recompute_settings(parallel),
+        **expert_settings(model, parallel=parallel),
         # On a CPU these fusions would call a C++ compiler at the first step.
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
@@ -112,17 +118,36 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
     )
 
 
-def layer_spec(backend: BackendSpecProvider, *, qk_layernorm: bool) -> ModuleSpec:
+def _recompute_settings(parallel: Parallel) -> dict[str, Any]:
+    if parallel.recompute_granularity != "full":
+        return {
+            "recompute_granularity": parallel.recompute_granularity,
+            "recompute_modules": parallel.recompute_modules,
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": parallel.recompute_method or "uniform",
+        "recompute_num_layers": parallel.recompute_num_layers or 1,
+    }
+
+
+def layer_spec(
+    backend: BackendSpecProvider, *, qk_layernorm: bool, has_experts: bool = False
+) -> ModuleSpec:
     """One transformer layer from the backend's modules; norms may be fused into linears."""
     fused_norm = backend.column_parallel_layer_norm_linear()
     into_layer = fused_norm or backend.column_parallel_linear()
-    norm = IdentityOp if fused_norm else backend.layer_norm(rms_norm=True)
+    own_norm = backend.layer_norm(rms_norm=True)
+    norm = IdentityOp if fused_norm else own_norm
     query_key_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     # Fused or not, checkpoints name the norms by the linear that follows them.
-    checkpoint_names = {
-        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    }
+    checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not has_experts:
+        checkpoint_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    dense = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=into_layer, linear_fc2=backend.row_parallel_linear()),
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -139,13 +164,9 @@ def layer_spec(backend: BackendSpecProvider, *, qk_layernorm: bool) -> ModuleSpe
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=into_layer, linear_fc2=backend.row_parallel_linear()
-                ),
-            ),
+            # The router and every expert read the norm's output: it is never fused.
+            pre_mlp_layernorm=own_norm if has_experts else norm,
+            mlp=expert_layer(backend) if has_experts else dense,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if fused_norm else checkpoint_names,
         ),
@@ -172,8 +193,12 @@ def build_gpt(
     config = transformer_config(model, parallel=parallel, precision=precision)
     backend = choose_backend(isolate_documents=isolate_documents)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(backend, qk_layernorm=model.qk_layernorm)] * num_layers,
+        layer_specs=[
+            layer_spec(backend, qk_layernorm=model.qk_layernorm, has_experts=has_experts)
+            for has_experts in model.moe_layers[first : first + num_layers]
+        ],
         layer_norm=backend.layer_norm(rms_norm=True),
     )
     num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
@@ -190,6 +215,7 @@ def build_gpt(
         pg_collection=groups.pg_collection,
         vp_stage=vp_stage,
     )
+    mark_expert_parameters(gpt, tp_size=groups.tp_size, etp_size=groups.etp_size)
     initialise_weights(
         gpt, groups=groups, seed=seed, std=model.init_method_std, num_layers=model.num_layers
     )

@@ -2,9 +2,9 @@
 
 Every number is a pure function of (seed, parameter's name in the whole model, its row and column in
 the full tensor): a Philox counter stream per block of rows, turned into normals by Box-Muller. So
-TP 4 x PP 2 starts from the weights one rank would start from, and rows that only pad the vocabulary
-do not disturb the rest. About 30 ns a weight of the full rows a rank touches; never more than one
-block (8 MiB) beside the parameter itself.
+TP 4 x PP 2 x EP 2 starts from the weights one rank would start from, and rows that only pad the
+vocabulary do not disturb the rest. About 30 ns a weight of the full rows a rank touches; never more
+than one block (8 MiB) beside the parameter itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_curr.parallel.full_tensors import Cut, cut_of, named_full_parameters
+from megatron_curr.parallel.full_tensors import Axis, Cut, axis_of, cut_of, named_full_parameters
 from megatron_curr.parallel.groups import Groups
 
 _BLOCK_WEIGHTS = 1 << 20
-_PROJECTIONS_INTO_RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_PROJECTIONS_INTO_RESIDUAL = (".linear_proj.weight", ".linear_fc2.weight")
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def initialise_weights(
             _fill_normal(
                 parameter,
                 cut=cut_of(parameter),
-                groups=groups,
+                axis=axis_of(name, groups),
                 key=_key(seed, name),
                 std=std / math.sqrt(2 * num_layers) if scaled else std,
             )
@@ -52,12 +52,10 @@ def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest())
 
 
-def _fill_normal(
-    parameter: nn.Parameter, *, cut: Cut, groups: Groups, key: int, std: float
-) -> None:
+def _fill_normal(parameter: nn.Parameter, *, cut: Cut, axis: Axis, key: int, std: float) -> None:
     """Write this rank's part of the full [rows, columns] matrix, a block of full rows at a time."""
-    size = groups.tp_size if cut.dim is not None else 1
-    rank = groups.tp_rank if cut.dim is not None else 0
+    size = axis.size if cut.dim is not None else 1
+    rank = axis.rank if cut.dim is not None else 0
     num_rows, num_columns = cut.full_shape(parameter.shape, size)
     rows_per_block = max(_BLOCK_WEIGHTS // num_columns, 1)
     for first_row, mine, full_rows in _row_ranges(cut, rank=rank, size=size, num_rows=num_rows):

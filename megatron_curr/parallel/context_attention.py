@@ -1,121 +1,191 @@
 """Attention over a sequence that is dealt over the context-parallel ranks.
 
-Here the exchange is an all-gather of keys and values: each rank gathers them whole, answers its own
-two chunks of queries and, going back, reduce-scatters their gradients. Chunk j of the queries needs
-the keys up to its own end only, so the work is the causal triangle, balanced over the ranks.
+Four exchanges, named as megatron-core's ``cp_comm_type``, behind one call:
+
+* ``p2p``: blocks of keys and values go round a ring. Memory falls as 1 / C.
+* ``all_gather``: keys and values are gathered whole, in the forward and again in the backward pass.
+* ``a2a``: an all-to-all gives each rank the whole sequence for a part of the heads.
+* ``a2a+p2p``: the all-to-all among neighbours, the ring across them, for more ranks than heads
+  (USP: Fang and Zhao 2024, arXiv:2405.07719).
+
+All use the two-chunk split of ``context_split``, for full attention too: there the split changes
+nothing but which positions a rank holds. Between the passes a rank keeps its queries, keys, values,
+output and log sums, and nothing of another rank.
 
 Legend: B micro-batch, S whole sequence, N query heads, G key/value heads (N a multiple of G),
-H head dim. Suffixes are logical: a rank holds S / C positions as ``context_split`` deals them.
+R = N / G, H head dim of queries and keys, V head dim of values, X = B x G, C context-parallel
+ranks, A ranks of the all-to-all. Suffixes are logical: a rank holds S / C positions.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_curr.parallel.context_split import chunks_of_rank, join_ranks, unjoin_ranks
+from megatron_curr.parallel.context_all_to_all import gather_heads, scatter_heads
+from megatron_curr.parallel.context_blocks import (
+    Attended,
+    Deal,
+    accumulation_dtype,
+    attend,
+    attend_backward,
+)
+from megatron_curr.parallel.context_carriers import (
+    Carrier,
+    GatherCarrier,
+    LocalCarrier,
+    RingCarrier,
+)
+from megatron_curr.parallel.context_exchange import ContextExchange
 
 
 def attention(
     q_SBNH: Tensor,
     k_SBGH: Tensor,
-    v_SBGH: Tensor,
+    v_SBGV: Tensor,
     *,
     softmax_scale: float,
     document_ids_BS: Tensor | None = None,
     is_causal: bool = True,
-    cp_group: dist.ProcessGroup | None = None,
+    exchange: ContextExchange | None = None,
 ) -> Tensor:
-    """Softmax attention, [S, B, N, H]; with ``cp_group``, over the sequence of all its ranks.
+    """Softmax attention, [S, B, N, V]; with ``exchange``, over the sequence of all its ranks.
 
     ``document_ids_BS`` covers the whole sequence, on every rank alike. A token then attends only to
-    tokens with its own id. Ids need not be ordered or consecutive.
+    tokens with its own id. Ids need not be ordered or consecutive, but tiles of the score matrix
+    are skipped by their least and greatest ids, so ordered ones save most.
     """
-    cp_size = 1 if cp_group is None else cp_group.size()
-    q_BNSH, k_BGSH, v_BGSH = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGH))
-    if cp_size == 1:
-        out_BNSH = _attend(
-            q_BNSH,
-            k_BGSH,
-            v_BGSH,
-            first_query=0,
-            softmax_scale=softmax_scale,
-            document_ids_BS=document_ids_BS,
-            is_causal=is_causal,
+    if exchange is None and document_ids_BS is None:
+        return _on_one_rank(
+            q_SBNH, k_SBGH, v_SBGV, softmax_scale=softmax_scale, is_causal=is_causal
         )
-        return out_BNSH.permute(2, 0, 1, 3)
-    key_value = torch.cat([k_SBGH, v_SBGH], dim=-1)
-    key_value = _GatherSequence.apply(key_value, cp_group)
-    k_BGSH, v_BGSH = key_value.permute(1, 2, 0, 3).split([k_SBGH.shape[-1], v_SBGH.shape[-1]], -1)
-    chunk_length = q_SBNH.shape[0] // 2
-    parts = [
-        _attend(
-            chunk_BNSH,
-            k_BGSH,
-            v_BGSH,
-            first_query=chunk * chunk_length,
-            softmax_scale=softmax_scale,
-            document_ids_BS=document_ids_BS,
-            is_causal=is_causal,
-        )
-        for chunk, chunk_BNSH in zip(
-            chunks_of_rank(cp_group.rank(), cp_size), q_BNSH.chunk(2, dim=2), strict=True
-        )
-    ]
-    return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
+    exchange = exchange or ContextExchange(None, None, False)
+    deal = Deal(
+        rank=exchange.blocks_rank,
+        size=exchange.blocks_size,
+        softmax_scale=softmax_scale,
+        is_causal=is_causal,
+        document_ids_BS=document_ids_BS,
+    )
+    # Keys and values side by side are one message, and free the projection they are slices of.
+    kv_SBGU = torch.cat([k_SBGH, v_SBGV], dim=-1)
+    value_dim = v_SBGV.shape[-1]
+    group = exchange.all_to_all_group
+    if group is None:
+        return _BlockAttention.apply(q_SBNH, kv_SBGU, value_dim, exchange, deal)
+    q_SBNH, kv_SBGU = _scatter_together(q_SBNH, kv_SBGU, group=group)
+    out_SBNV = _BlockAttention.apply(q_SBNH, kv_SBGU, value_dim, exchange, deal)
+    return gather_heads(out_SBNV.flatten(2), group).flatten(2).unflatten(2, (-1, value_dim))
 
 
-def _attend(
-    q_BNSH: Tensor,
-    k_BGSH: Tensor,
-    v_BGSH: Tensor,
-    *,
-    first_query: int,
-    softmax_scale: float,
-    document_ids_BS: Tensor | None,
-    is_causal: bool,
+def _on_one_rank(
+    q_SBNH: Tensor, k_SBGH: Tensor, v_SBGV: Tensor, *, softmax_scale: float, is_causal: bool
 ) -> Tensor:
-    """Consecutive queries, from position ``first_query`` on, against the keys they may see."""
-    num_queries, num_keys = q_BNSH.shape[2], k_BGSH.shape[2]
-    last = first_query + num_queries
-    if is_causal and last < num_keys:
-        k_BGSH, v_BGSH, num_keys = k_BGSH[:, :, :last], v_BGSH[:, :, :last], last
-    visible = None
-    if document_ids_BS is not None:
-        ids_BS = document_ids_BS.to(q_BNSH.device)
-        visible = ids_BS[:, None, first_query:last, None] == ids_BS[:, None, None, :num_keys]
-    if is_causal and (visible is not None or first_query):
-        queries = torch.arange(first_query, last, device=q_BNSH.device)[:, None]
-        not_later = queries >= torch.arange(num_keys, device=q_BNSH.device)
-        visible = not_later if visible is None else visible & not_later
-    return scaled_dot_product_attention(
+    q_BNSH, k_BGSH, v_BGSV = (x.permute(1, 2, 0, 3) for x in (q_SBNH, k_SBGH, v_SBGV))
+    out_BNSV = scaled_dot_product_attention(
         q_BNSH,
         k_BGSH,
-        v_BGSH,
-        attn_mask=visible,
-        is_causal=is_causal and visible is None,
+        v_BGSV,
+        is_causal=is_causal,
         scale=softmax_scale,
         enable_gqa=q_BNSH.shape[1] != k_BGSH.shape[1],
     )
+    return out_BNSV.permute(2, 0, 1, 3)
 
 
-class _GatherSequence(torch.autograd.Function):
-    """All ranks' sequence [S, ...] in order; backwards, the sum of their gradients of a part."""
+def _scatter_together(
+    q_SBNH: Tensor, kv_SBGU: Tensor, *, group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Both by one message: each rank's query heads beside the key/value heads they read."""
+    num_heads, num_groups, size = q_SBNH.shape[2], kv_SBGU.shape[2], group.size()
+    assert num_groups % size == 0, (num_heads, num_groups, size)
+    by_rank = [x.unflatten(2, (size, -1)).flatten(3) for x in (q_SBNH, kv_SBGU)]
+    widths = [x.shape[3] for x in by_rank]
+    q_SBW, kv_SBW = scatter_heads(torch.cat(by_rank, dim=3), group).split(widths, dim=2)
+    return (
+        q_SBW.unflatten(2, (num_heads // size, -1)),
+        kv_SBW.unflatten(2, (num_groups // size, -1)),
+    )
+
+
+def _carrier(exchange: ContextExchange) -> Carrier:
+    if exchange.blocks_group is None:
+        return LocalCarrier()
+    if exchange.gathers_blocks:
+        return GatherCarrier(exchange.blocks_group)
+    return RingCarrier(exchange.blocks_group)
+
+
+def _by_group(x_SBNH: Tensor, num_groups: int) -> Tensor:
+    """Query heads by the key/value head they read: [S, B, N, H] to [X, R, S, H]."""
+    length, batch, num_heads, dim = x_SBNH.shape
+    x_SXRH = x_SBNH.reshape(length, batch * num_groups, num_heads // num_groups, dim)
+    return x_SXRH.permute(1, 2, 0, 3)
+
+
+def _by_head(x_XRSH: Tensor, batch: int) -> Tensor:
+    """Inverse of ``_by_group``."""
+    _, _, length, dim = x_XRSH.shape
+    return x_XRSH.permute(2, 0, 1, 3).reshape(length, batch, -1, dim)
+
+
+def _keys_and_values(kv_SBGU: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Views [X, S, H] and [X, S, V] of keys and values that lie side by side."""
+    kv_XSU = kv_SBGU.flatten(1, 2).transpose(0, 1)
+    k_XSH, v_XSV = kv_XSU.split([kv_XSU.shape[-1] - value_dim, value_dim], dim=-1)
+    return k_XSH, v_XSV
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention of this rank's queries over the blocks that a carrier brings, own memory only."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        by_rank = part.new_empty((part.shape[0] * group.size(), *part.shape[1:]))
-        dist.all_gather_into_tensor(by_rank, part.contiguous(), group=group)
-        return join_ranks(by_rank, cp_size=group.size(), dim=0)
+    def forward(
+        ctx: Any,
+        q_SBNH: Tensor,
+        kv_SBGU: Tensor,
+        value_dim: int,
+        exchange: ContextExchange,
+        deal: Deal,
+    ) -> Tensor:
+        q_XRSH = _by_group(q_SBNH, kv_SBGU.shape[2])
+        attended = Attended(q_XRSH, value_dim)
+        for source, block_SBGU in _carrier(exchange).blocks(kv_SBGU):
+            key_value = _keys_and_values(block_SBGU, value_dim)
+            attend(q_XRSH, key_value, attended, deal=deal, source=source)
+        out_SBNV = _by_head(attended.out_XRSV.to(q_SBNH.dtype), q_SBNH.shape[1])
+        ctx.save_for_backward(q_SBNH, kv_SBGU, out_SBNV, attended.lse_XRS)
+        ctx.value_dim, ctx.exchange, ctx.deal = value_dim, exchange, deal
+        return out_SBNV
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        by_rank = unjoin_ranks(grad, cp_size=ctx.group.size(), dim=0).contiguous()
-        part = by_rank.new_empty((by_rank.shape[0] // ctx.group.size(), *by_rank.shape[1:]))
-        dist.reduce_scatter_tensor(part, by_rank, group=ctx.group)
-        return part, None
+    @once_differentiable
+    def backward(ctx: Any, dout_SBNV: Tensor) -> tuple[Tensor | None, ...]:
+        q_SBNH, kv_SBGU, out_SBNV, lse_XRS = ctx.saved_tensors
+        num_groups, value_dim = kv_SBGU.shape[2], ctx.value_dim
+        q_XRSH, dout_XRSV, out_XRSV = (
+            _by_group(x, num_groups) for x in (q_SBNH, dout_SBNV.contiguous(), out_SBNV)
+        )
+        dtype = accumulation_dtype(q_SBNH.dtype)
+        dq_XRSH = torch.zeros_like(q_XRSH, dtype=dtype)
+        carrier = _carrier(ctx.exchange)
+        for source, block_SBGU in carrier.blocks(kv_SBGU):
+            room = partial(carrier.room, source, block_SBGU, dtype)
+            attend_backward(
+                q_XRSH,
+                _keys_and_values(block_SBGU, value_dim),
+                attended=(dout_XRSV, out_XRSV, lse_XRS),
+                dq_XRSH=dq_XRSH,
+                room=lambda room=room: _keys_and_values(room(), value_dim),
+                deal=ctx.deal,
+                source=source,
+            )
+            room()  # a block with no score to count is sent on all the same
+            carrier.give(source)
+        dq_SBNH = _by_head(dq_XRSH.to(q_SBNH.dtype), q_SBNH.shape[1])
+        return dq_SBNH, carrier.collect().to(kv_SBGU.dtype), None, None, None

@@ -1,7 +1,8 @@
 """Where a rank's part of a parameter lies in the full one, and back again.
 
 A parameter is named by its place in the whole model (``decoder.layers.7...`` counts from the first
-pipeline stage) and cut along at most one dim over the tensor axis. A stride of n means that the
+pipeline stage, ``experts.local_experts.5`` from the layer's first expert) and cut along at most one
+dim, over the tensor axis or, an expert, over the expert tensor axis. A stride of n means that the
 full dim is n equal stacks and every rank holds its part of each: SwiGLU's fc1 is [gate; up] on
 every rank. The fused query-key-value weight needs no stride: its rows are ordered by query group.
 """
@@ -9,6 +10,7 @@ every rank. The fused query-key-value weight needs no stride: its rows are order
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,15 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_curr.parallel.data_parallel import finish_param_gather
 from megatron_curr.parallel.groups import Groups
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+EXPERTS = ".mlp.experts."
+_LOCAL_EXPERT = re.compile(r"(local_experts\.)(\d+)(\..*)")
+# Transformer Engine keeps a stage's experts in one module: linear_fc1.weight5 is expert 5's weight.
+_GROUPED_EXPERT = re.compile(r"(linear_fc[12]\.(?:weight|bias))(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """How a parameter is cut over the tensor axis; ``dim`` None means that every rank has all."""
+    """How a parameter is cut over its axis; ``dim`` None means that every rank has all."""
 
     dim: int | None
     stride: int = 1
@@ -52,6 +59,22 @@ class Cut:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """The ranks that a parameter is cut over, and this rank's place among them."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+def axis_of(name: str, groups: Groups) -> Axis:
+    """The axis of the parameter of this full name."""
+    if EXPERTS in name:
+        return Axis(rank=groups.etp_rank, size=groups.etp_size, group=groups.pg_collection.expt_tp)
+    return Axis(rank=groups.tp_rank, size=groups.tp_size, group=groups.pg_collection.tp)
+
+
 def cut_of(parameter: nn.Parameter) -> Cut:
     """The cut megatron-core (or Transformer Engine) has marked on the parameter."""
     if not getattr(parameter, "tensor_model_parallel", False):
@@ -73,13 +96,27 @@ def named_full_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]
             name = WORD_EMBEDDINGS
         if name.startswith("decoder.layers."):
             prefix, layers, local_index, rest = name.split(".", 3)
-            layer_number = chunk.decoder.layers[int(local_index)].layer_number
-            name = f"{prefix}.{layers}.{layer_number - 1}.{rest}"
+            layer = chunk.decoder.layers[int(local_index)]
+            name = f"{prefix}.{layers}.{layer.layer_number - 1}.{_with_global_expert(rest, layer)}"
         yield name, parameter
+
+
+def _with_global_expert(name: str, layer: nn.Module) -> str:
+    """A name inside a layer, its expert counted from the layer's first on any rank."""
+    place, mark, inner = name.partition("mlp.experts.")
+    if not mark:
+        return name
+    every = layer.mlp.local_expert_indices
+    if match := _LOCAL_EXPERT.fullmatch(inner):
+        inner = f"{match[1]}{every[int(match[2])]}{match[3]}"
+    elif match := _GROUPED_EXPERT.fullmatch(inner):
+        inner = f"local_experts.{every[int(match[2])]}.{match[1]}"
+    return f"{place}{mark}{inner}"
 
 
 def full_parameters(chunks: Sequence[nn.Module], groups: Groups) -> dict[str, Tensor]:
     """Every parameter of the whole model, on every rank, on the CPU. Collective; small models."""
+    finish_param_gather(chunks)
     named = [pair for chunk in chunks for pair in named_full_parameters(chunk)]
     return _gather(
         {name: (parameter.detach(), cut_of(parameter)) for name, parameter in named}, groups
@@ -103,11 +140,12 @@ def full_gradients(chunks: Sequence[nn.Module], groups: Groups) -> dict[str, Ten
 
 def unequal_replicas(chunks: Sequence[nn.Module], groups: Groups) -> list[str]:
     """Names of parameters of which two ranks that should hold the same bits do not. Collective."""
+    finish_param_gather(chunks)
     digests: dict[tuple[str, int], set[str]] = {}
     mine = {}
     for chunk in chunks:
         for name, parameter in named_full_parameters(chunk):
-            part = groups.tp_rank if cut_of(parameter).dim is not None else 0
+            part = axis_of(name, groups).rank if cut_of(parameter).dim is not None else 0
             raw = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
             mine[name, part] = hashlib.blake2b(raw, digest_size=16).hexdigest()
     everyone: list[dict[tuple[str, int], str] | None] = [None] * groups.world_size
@@ -138,22 +176,25 @@ def _reduced_gradients(chunk: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def _gather(mine: Mapping[str, tuple[Tensor, Cut]], groups: Groups) -> dict[str, Tensor]:
-    """Join over the tensor axis, then collect the stages over the pipeline axis."""
-    stage: dict[str, Tensor] = {}
-    for name, (part, cut) in mine.items():
-        part = part.detach().contiguous()
-        if cut.dim is not None and groups.tp_size > 1:
-            parts = [torch.empty_like(part) for _ in range(groups.tp_size)]
-            dist.all_gather(parts, part, group=groups.pg_collection.tp)
-            part = cut.join(parts)
-        stage[name] = part.cpu().clone()
-    if groups.pp_size == 1:
-        return stage
-    stages: list[dict[str, Tensor] | None] = [None] * groups.pp_size
-    dist.all_gather_object(stages, stage, group=groups.pg_collection.pp)
+    """Join cut tensors, then collect the experts and the stages from the ranks that hold them."""
     whole: dict[str, Tensor] = {}
-    for other in stages:
-        assert other is not None
-        for name, tensor in other.items():
+    for name, (part, cut) in mine.items():
+        part, axis = part.detach().contiguous(), axis_of(name, groups)
+        if cut.dim is not None and axis.size > 1:
+            parts = [torch.empty_like(part) for _ in range(axis.size)]
+            dist.all_gather(parts, part, group=axis.group)
+            part = cut.join(parts)
+        whole[name] = part.cpu().clone()
+    if groups.ep_size > 1:
+        whole = _collect(whole, groups.pg_collection.ep)
+    return _collect(whole, groups.pg_collection.pp) if groups.pp_size > 1 else whole
+
+
+def _collect(mine: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    everyone: list[dict[str, Tensor] | None] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    whole: dict[str, Tensor] = {}
+    for other in everyone:
+        for name, tensor in (other or {}).items():
             whole.setdefault(name, tensor)
     return whole

@@ -32,6 +32,11 @@ class Groups:
     pp_size: int
     cp_rank: int
     cp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    """Place among the ranks that cut one expert."""
+    etp_size: int
     device: torch.device
     pg_collection: ProcessGroupCollection
     """Handed to megatron-core's constructors and schedules."""
@@ -44,7 +49,8 @@ def build_groups(parallel: Parallel, *, seed: int = 1234) -> Groups:
     sequence parallelism. Weights do not come from them (``models/weights.py``), and text models
     have no dropout, so ``seed`` does not change a result. Collective: every rank calls it.
 
-    Raises ``RecipeError`` when the world size is not a multiple of TP x PP x CP.
+    Raises ``RecipeError`` when the world size is not a multiple of TP x PP x CP, or of the ranks
+    that hold one set of experts.
     """
     world_size = dist.get_world_size()
     _check_world_size(parallel, world_size)
@@ -53,6 +59,8 @@ def build_groups(parallel: Parallel, *, seed: int = 1234) -> Groups:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed % 2**31, force_reset_rng=True)
@@ -68,6 +76,10 @@ def build_groups(parallel: Parallel, *, seed: int = 1234) -> Groups:
         pp_size=pg_collection.pp.size(),
         cp_rank=pg_collection.cp.rank(),
         cp_size=pg_collection.cp.size(),
+        ep_rank=pg_collection.ep.rank(),
+        ep_size=pg_collection.ep.size(),
+        etp_rank=pg_collection.expt_tp.rank(),
+        etp_size=pg_collection.expt_tp.size(),
         device=_own_device(),
         pg_collection=pg_collection,
     )
@@ -95,6 +107,13 @@ def _check_world_size(parallel: Parallel, world_size: int) -> None:
             f"parallel: {world_size} ranks do not fit tensor {tp} x pipeline {pp} x context {cp}"
             f" = {model_ranks}; start a multiple of {model_ranks} ranks (for example {fits}), or"
             " change one of these sizes"
+        )
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp_size
+    if ep > 1 and world_size % (ep * etp * pp):
+        raise RecipeError(
+            f"parallel: {world_size} ranks do not fit expert {ep} x expert tensor {etp} x pipeline"
+            f" {pp} = {ep * etp * pp}; start a multiple of {ep * etp * pp} ranks, or change one of"
+            " these sizes"
         )
     if parallel.virtual_pipeline_model_parallel_size is not None and pp == 1:
         raise RecipeError(

@@ -3,16 +3,14 @@
 megatron-core asks ``torch.cuda`` for its device, its random state and its streams, and names
 ``"cuda"`` in tensor factories. Where no CUDA device is present, ``install`` gives those names a CPU
 meaning; where one is present it changes nothing. Every stand-in is a ``Patch`` in ``PATCHES`` that
-says why it is needed and what upstream change would retire it.
+says why it is needed and what upstream change would retire it; what takes a name's place is in
+``cpu_stand_ins.py``.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -21,11 +19,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_curr.errors import ShimError
-
-Make = Callable[[Any], Any]
-"""Given the original object, the object that takes its place."""
-
-CPU = torch.device("cpu")
+from megatron_curr.parallel import cpu_stand_ins as stand_ins
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,9 @@ class Patch:
     """``module:name`` or ``module:Class.name``."""
     why: str
     drop_when: str
-    make: Make
+    make: stand_ins.Make
+    may_be_missing: bool = False
+    """Upstream defines the name only under conditions that do not hold here."""
 
     def owner(self) -> tuple[Any, str]:
         """The object that holds the name, and the name. Raises ``ShimError`` if it has moved."""
@@ -46,7 +42,8 @@ class Patch:
             owner: Any = import_module(module)
             for parent in parents:
                 owner = getattr(owner, parent)
-            getattr(owner, name)
+            if not self.may_be_missing:
+                getattr(owner, name)
         except (ImportError, AttributeError) as moved:
             raise ShimError(
                 f"{self.target} is not where the CPU shim expects it ({moved}). Installed: torch "
@@ -59,7 +56,7 @@ class Patch:
     def apply(self) -> None:
         """Put the stand-in in place."""
         owner, name = self.owner()
-        setattr(owner, name, self.make(getattr(owner, name)))
+        setattr(owner, name, self.make(getattr(owner, name, None)))
 
 
 def _megatron_version() -> str:
@@ -71,141 +68,6 @@ def _megatron_version() -> str:
         return "megatron-core missing"
 
 
-class CpuStream:
-    """A queue with nothing in it: on the CPU every operation has ended when its call returns."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.device = CPU
-
-    def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: object) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """Always idle."""
-        return True
-
-    def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
-        """An event that has already happened."""
-        return event or CpuEvent()
-
-
-class CpuEvent:
-    """A moment that has already passed."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def record(self, stream: object = None) -> None:
-        """Nothing to record."""
-
-    def wait(self, stream: object = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """Always done."""
-        return True
-
-
-@contextmanager
-def _stream_context(stream: object) -> Iterator[None]:
-    yield
-
-
-def _is_cuda(device: object) -> bool:
-    if isinstance(device, str):
-        return device.startswith("cuda")
-    return isinstance(device, torch.device) and device.type == "cuda"
-
-
-def _factory_on_cpu(original: Any) -> Any:
-    @functools.wraps(original)
-    def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
-            kwargs.pop("pin_memory", None)
-        return original(*args, **kwargs)
-
-    return factory
-
-
-def _always(value: object) -> Make:
-    return lambda original: lambda *args, **kwargs: value
-
-
-def _replaced_by(replacement: Any) -> Make:
-    return lambda original: replacement
-
-
-def _itself(thing: Any, *args: object, **kwargs: object) -> Any:
-    return thing
-
-
-def _type_with_cuda_name(original: Any) -> Any:
-    @functools.wraps(original)
-    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            return original(tensor, *args, **kwargs)
-        return original(tensor).replace("torch.", "torch.cuda.", 1)
-
-    return type_
-
-
-def _rng_state(device: object = "cuda") -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _restore_rng_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
-    torch.set_rng_state(new_state)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-def _loads_into_fresh_state(original: Any) -> Any:
-    @functools.wraps(original)
-    def sharded_state_dict(
-        optimizer: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
-        if is_loading and not optimizer.optimizer.state:
-            optimizer._init_optimizer_states_with_dummy_values()
-        return original(optimizer, model, is_loading, *args, **kwargs)
-
-    return sharded_state_dict
-
-
-def _keeps_step(original: Any) -> Any:
-    @functools.wraps(original)
-    def set_states(optimizer: Any, parameter: Any, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = optimizer.model_param_group_index_map[parameter]
-        main_parameter = optimizer.optimizer.param_groups[group]["params"][order]
-        step = optimizer.optimizer.state.get(main_parameter, {}).get("step")
-        original(optimizer, parameter, tensors if step is None else {"step": step, **tensors})
-
-    return set_states
-
-
-def _unshares_step(original: Any) -> Any:
-    @functools.wraps(original)
-    def load_state_dict(optimizer: Any, state_dict: Any) -> None:
-        original(optimizer, state_dict)
-        for state in optimizer.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-
-    return load_state_dict
-
-
 _NEVER = "megatron-core takes its device from the tensors or groups it is given"
 _FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 _RNG = (
@@ -214,6 +76,9 @@ _RNG = (
 _RNG_DROP = "tensor_parallel.random learns CPU generators"
 _STREAM = "expert and offload code makes streams and events while it builds or runs"
 _STREAM_DROP = "megatron-core asks for streams only when CUDA is present"
+_UNEVEN = "gloo gathers and scatters equal parts only, and experts get as many tokens as they get"
+_UNEVEN_DROP = "gloo takes parts of different sizes"
+_MAPPINGS = "megatron.core.tensor_parallel.mappings"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 PATCHES: tuple[Patch, ...] = (
@@ -221,13 +86,13 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda:current_device",
         "every layer, buffer and collective allocates on torch.cuda.current_device()",
         _NEVER,
-        _always(CPU),
+        stand_ins.always(stand_ins.CPU),
     ),
     Patch(
         "torch.cuda:synchronize",
         "pipeline p2p, the checkpoint writer and its asynchronous queue wait for the device",
         _NEVER,
-        _always(None),
+        stand_ins.always(None),
     ),
     *(
         Patch(
@@ -235,7 +100,7 @@ PATCHES: tuple[Patch, ...] = (
             f'torch.{name}(device="cuda") and pin_memory are written into schedules, optimizer, '
             "gradient clipping and rotary embeddings",
             _NEVER,
-            _factory_on_cpu,
+            stand_ins.factory_on_cpu,
         )
         for name in _FACTORIES
     ),
@@ -243,49 +108,100 @@ PATCHES: tuple[Patch, ...] = (
         "torch:Tensor.cuda",
         "optimizer state, tied embeddings and rotary slices are moved with .cuda()",
         _NEVER,
-        _replaced_by(_itself),
+        stand_ins.replaced_by(stand_ins.itself),
     ),
-    Patch("torch.nn:Module.cuda", "models are moved with .cuda()", _NEVER, _replaced_by(_itself)),
+    Patch(
+        "torch.nn:Module.cuda",
+        "models are moved with .cuda()",
+        _NEVER,
+        stand_ins.replaced_by(stand_ins.itself),
+    ),
     Patch(
         "torch:Tensor.type",
         "both optimizers and gradient clipping compare it with 'torch.cuda.FloatTensor'",
         "the optimizers compare dtypes instead",
-        _type_with_cuda_name,
+        stand_ins.type_with_cuda_name,
     ),
-    Patch("torch.cuda:get_rng_state", _RNG, _RNG_DROP, _replaced_by(_rng_state)),
-    Patch("torch.cuda.random:get_rng_state", _RNG, _RNG_DROP, _replaced_by(_rng_state)),
-    Patch("torch.cuda:set_rng_state", _RNG, _RNG_DROP, _replaced_by(_restore_rng_state)),
-    Patch("torch.cuda.random:set_rng_state", _RNG, _RNG_DROP, _replaced_by(_restore_rng_state)),
-    Patch("torch.cuda:manual_seed", _RNG, _RNG_DROP, _replaced_by(_seed)),
+    Patch("torch.cuda:get_rng_state", _RNG, _RNG_DROP, stand_ins.replaced_by(stand_ins.rng_state)),
+    Patch(
+        "torch.cuda.random:get_rng_state",
+        _RNG,
+        _RNG_DROP,
+        stand_ins.replaced_by(stand_ins.rng_state),
+    ),
+    Patch(
+        "torch.cuda:set_rng_state",
+        _RNG,
+        _RNG_DROP,
+        stand_ins.replaced_by(stand_ins.restore_rng_state),
+    ),
+    Patch(
+        "torch.cuda.random:set_rng_state",
+        _RNG,
+        _RNG_DROP,
+        stand_ins.replaced_by(stand_ins.restore_rng_state),
+    ),
+    Patch("torch.cuda:manual_seed", _RNG, _RNG_DROP, stand_ins.replaced_by(stand_ins.seed)),
     Patch(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         _RNG,
         _RNG_DROP,
-        _replaced_by(_restore_rng_state),
+        stand_ins.replaced_by(stand_ins.restore_rng_state),
     ),
-    Patch("torch.cuda:Stream", _STREAM, _STREAM_DROP, _replaced_by(CpuStream)),
-    Patch("torch.cuda:Event", _STREAM, _STREAM_DROP, _replaced_by(CpuEvent)),
-    Patch("torch.cuda:stream", _STREAM, _STREAM_DROP, _replaced_by(_stream_context)),
-    Patch("torch.cuda:current_stream", _STREAM, _STREAM_DROP, _always(CpuStream())),
-    Patch("torch.cuda:default_stream", _STREAM, _STREAM_DROP, _always(CpuStream())),
-    Patch("torch:Tensor.record_stream", _STREAM, _STREAM_DROP, _always(None)),
+    Patch("torch.cuda:Stream", _STREAM, _STREAM_DROP, stand_ins.replaced_by(stand_ins.CpuStream)),
+    Patch("torch.cuda:Event", _STREAM, _STREAM_DROP, stand_ins.replaced_by(stand_ins.CpuEvent)),
+    Patch(
+        "torch.cuda:stream", _STREAM, _STREAM_DROP, stand_ins.replaced_by(stand_ins.stream_context)
+    ),
+    Patch(
+        "torch.cuda:current_stream", _STREAM, _STREAM_DROP, stand_ins.always(stand_ins.CpuStream())
+    ),
+    Patch(
+        "torch.cuda:default_stream", _STREAM, _STREAM_DROP, stand_ins.always(stand_ins.CpuStream())
+    ),
+    Patch("torch:Tensor.record_stream", _STREAM, _STREAM_DROP, stand_ins.always(None)),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils:te_general_gemm",
+        "the router asks whether it is None, and without Transformer Engine it is not defined",
+        "moe_utils defines it where its import fails",
+        stand_ins.replaced_by(None),
+        may_be_missing=True,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher:all_to_all",
+        "gloo wants split sizes as lists, and the dispatcher leaves those of a CPU as tensors",
+        "the dispatcher turns them into lists on every device",
+        stand_ins.splits_as_lists,
+    ),
+    Patch(
+        f"{_MAPPINGS}:_gather_along_first_dim",
+        _UNEVEN,
+        _UNEVEN_DROP,
+        stand_ins.gathers_uneven_parts,
+    ),
+    Patch(
+        f"{_MAPPINGS}:_reduce_scatter_along_first_dim",
+        _UNEVEN,
+        _UNEVEN_DROP,
+        stand_ins.scatters_uneven_parts,
+    ),
     Patch(
         f"{_DISTRIBUTED}.sharded_state_dict",
         "with torch's Adam it asserts that a step was taken, also when it is about to load one",
         "the assertion is skipped while loading",
-        _loads_into_fresh_state,
+        stand_ins.loads_into_fresh_state,
     ),
     Patch(
         f"{_DISTRIBUTED}._set_main_param_and_optimizer_states",
         "it copies torch Adam's step from tensors that its callers have stripped of it",
         "it skips the step as its callers do",
-        _keeps_step,
+        stand_ins.keeps_step,
     ),
     Patch(
         f"{_DISTRIBUTED}.load_state_dict",
         "it gives every parameter one step tensor, which torch's Adam then advances once for each",
         "it makes a step tensor for each parameter",
-        _unshares_step,
+        stand_ins.unshares_step,
     ),
 )
 

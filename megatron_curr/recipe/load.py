@@ -17,6 +17,8 @@ from pydantic import ValidationError
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import recipe_problems
+from megatron_curr.recipe.layout_rules import layout_problems
+from megatron_curr.recipe.nearest_layouts import refuse_layout
 from megatron_curr.recipe.problems import did_you_mean, problems_of, refusal
 from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.yaml_lines import Path as KeyPath
@@ -81,6 +83,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise refusal(problems_of(error), places) from None
     if problems := recipe_problems(recipe):
+        if layout_problems(recipe):
+            raise refuse_layout(recipe, problems, places)
         raise refusal(problems, places)
     return recipe
 
@@ -139,7 +143,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _no_such_file(file: Path) -> str:
     folder = file.parent
-    recipes = sorted(entry.name for entry in folder.glob("*.yaml")) if folder.is_dir() else []
+    recipes = sorted(entry.name for entry in folder.glob("[!.]*.yaml")) if folder.is_dir() else []
     if recipes:
         hint = did_you_mean(file.name, recipes, what=f"recipes in {folder}")
     else:

@@ -81,6 +81,46 @@ class Model(Section):
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = Field(0.02, gt=0)
 
+    num_moe_experts: int | None = Field(None, gt=1, description="Routed experts of a layer")
+    moe_ffn_hidden_size: int | None = Field(
+        None, gt=0, description="Width of one expert's SwiGLU; default: ffn_hidden_size"
+    )
+    moe_layer_freq: Annotated[int, Field(gt=0)] | list[Literal[0, 1]] = Field(
+        1, description="Every n-th layer has experts, from the first; or 1 and 0 for each layer"
+    )
+    moe_shared_expert_intermediate_size: int | None = Field(
+        None, gt=0, description="Width of the experts that see every token, all together"
+    )
+    moe_router_topk: int = Field(2, gt=0, description="Experts a token is sent to")
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = Field(
+        False, description="Softmax over all experts before the choice, not over the chosen ones"
+    )
+    moe_aux_loss_coeff: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the load-balancing loss. It is Megatron's seq_aux_loss, of each "
+        "sequence by itself: the others depend on the micro-batch, so on the layout",
+    )
+    moe_router_enable_expert_bias: bool = Field(
+        False, description="Balance by a bias in the choice of experts (needs sigmoid scores)"
+    )
+    moe_router_bias_update_rate: float = Field(1e-3, gt=0)
+
+    @property
+    def moe_layers(self) -> tuple[bool, ...]:
+        """For every layer, whether it has experts."""
+        if self.num_moe_experts is None:
+            return (False,) * self.num_layers
+        if isinstance(self.moe_layer_freq, int):
+            return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
+        return tuple(map(bool, self.moe_layer_freq))
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Width of one routed expert."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
@@ -236,6 +276,10 @@ class Optimizer(Section):
     clip_grad: float = Field(1.0, gt=0, description="Largest global gradient norm")
 
 
+ContextParallelExchange = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+"""As megatron-core's ``cp_comm_type``."""
+
+
 class Parallel(Section):
     """How one model is split. The sample order and the result do not depend on it."""
 
@@ -243,12 +287,56 @@ class Parallel(Section):
     sequence_parallel: bool = False
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1)
+    num_layers_in_first_pipeline_stage: int | None = Field(
+        None, gt=0, description="Default: the layers are spread evenly"
+    )
+    num_layers_in_last_pipeline_stage: int | None = Field(
+        None, gt=0, description="Default: the layers are spread evenly"
+    )
     context_parallel_size: int = Field(1, gt=0)
+    context_parallel_exchange: ContextParallelExchange = Field(
+        "p2p",
+        description="How attention reaches the keys of other context ranks: a ring (p2p), all at "
+        "once (all_gather), by heads (a2a), by heads among neighbours and a ring across (a2a+p2p)",
+    )
+    hierarchical_context_parallel_sizes: list[Annotated[int, Field(gt=1)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="For a2a+p2p: ranks of an all-to-all, and of a ring; default: the largest "
+        "all-to-all that divides the heads",
+    )
+    expert_model_parallel_size: int = Field(
+        1, gt=0, description="Ranks that share the experts out; taken from data and context ranks"
+    )
+    expert_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="Ranks that cut one expert; default: tensor_model_parallel_size"
+    )
     use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = Field(
+        False, description="Reduce gradients bucket by bucket while the backward pass still runs"
+    )
+    overlap_param_gather: bool = Field(
+        False, description="Gather updated weights bucket by bucket while the next forward runs"
+    )
     micro_batch_tokens: PositiveTokens = Field(
         description="Tokens per micro-batch of a data-parallel rank; a multiple of every seq_length"
     )
     recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="For full recompute; default: uniform"
+    )
+    recompute_num_layers: int | None = Field(
+        None, gt=0, description="Layers of a unit (uniform) or of a stage (block); default: 1"
+    )
+    recompute_modules: list[Literal["core_attn", "mlp", "moe", "shared_experts"]] | None = Field(
+        None, min_length=1, description="For selective recompute; default: core_attn"
+    )
+
+    @property
+    def expert_tp_size(self) -> int:
+        """Ranks that cut one expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 class Training(Section):

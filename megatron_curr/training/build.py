@@ -7,11 +7,12 @@ import logging
 import megatron_curr.parallel  # noqa: F401  (stand-ins come before megatron-core)
 
 # isort: split
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_curr.data.loader import Loader
 from megatron_curr.models.gpt import PRECISIONS, build_gpt_chunks
+from megatron_curr.parallel.data_parallel import finish_param_gather, wrap_for_data_parallel
 from megatron_curr.parallel.groups import Groups, build_groups
 from megatron_curr.plan.model_size import model_flops_per_token
 from megatron_curr.recipe.schema import Recipe
@@ -50,6 +51,7 @@ def build_run(
         optimizer=optimizer,
         pg_collection=groups.pg_collection,
         settings=recipe.checkpoint,
+        finish_weights=lambda: finish_param_gather(chunks),
     )
     state, passed_over = checkpointer.load_newest()
     for line in passed_over:
@@ -68,7 +70,7 @@ def build_run(
             num_sources=len(prepared.order.sources),
             clip_grad=recipe.optimizer.clip_grad,
         ),
-        loader=_build_loader(prepared, groups),
+        loader=build_loader(prepared, groups),
         evaluator=Evaluator(
             recipe, prepared.heldout_sets, groups=groups, vocab_size=prepared.vocab_size
         ),
@@ -105,15 +107,9 @@ def build_model(
         isolate_documents=recipe.data.isolate_documents,
         seed=recipe.seed,
     )
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+    wrapped = wrap_for_data_parallel(
+        [chunk.to(groups.device) for chunk in chunks], parallel=parallel
     )
-    wrapped = [
-        DistributedDataParallel(
-            chunk.config, ddp_config, chunk.to(groups.device), disable_bucketing=index > 0
-        )
-        for index, chunk in enumerate(chunks)
-    ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -127,6 +123,7 @@ def build_model(
             bf16=precision == "bf16",
             params_dtype=PRECISIONS[precision],
             use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         ),
         wrapped,
         use_gloo_process_groups=False,
@@ -134,7 +131,7 @@ def build_model(
     return wrapped, optimizer
 
 
-def _build_loader(prepared: Prepared, groups: Groups) -> Loader:
+def build_loader(prepared: Prepared, groups: Groups) -> Loader:
     """Reads this data-parallel rank's samples; its tensor, pipeline, context peers do alike."""
     return Loader(
         prepared.recipe,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from megatron_curr.training.checkpoint_folder import (
     set_aside,
     write_manifest,
 )
+from megatron_curr.training.checkpoint_shapes import check_architecture
 from megatron_curr.training.checkpoint_writer import RankSave, Written
 
 
@@ -72,13 +74,19 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         pg_collection: Any,
         settings: Checkpoint,
+        finish_weights: Callable[[], None] = lambda: None,
     ) -> None:
-        """``chunks`` are the unwrapped model chunks of this rank; ``folder`` is checkpoints/."""
+        """``chunks`` are the unwrapped model chunks of this rank; ``folder`` is checkpoints/.
+
+        ``finish_weights`` is called before weights are saved; where updated weights are gathered
+        late, it waits for them.
+        """
         self.folder = folder
         self._chunks = chunks
         self._optimizer = optimizer
         self._pg_collection = pg_collection
         self._settings = settings
+        self._finish_weights = finish_weights
         self._pending: _Pending | None = None
         self._validated = False
 
@@ -176,6 +184,7 @@ class Checkpointer:
 
     def _load(self, path: Path, *, updates: int) -> None:
         model_state = self._model_state()
+        check_architecture(path, model_state)
         request: dict[str, Any] = {
             **model_state,
             "optimizer": optimizer_state.sharded_targets(self._optimizer, model_state),
@@ -188,6 +197,7 @@ class Checkpointer:
         optimizer_state.load_state(self._optimizer, loaded["optimizer"], updates=updates)
 
     def _sharded_state(self, state: RunState) -> dict[str, Any]:
+        self._finish_weights()
         model_state = self._model_state()
         return {
             **model_state,

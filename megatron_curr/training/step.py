@@ -26,6 +26,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_curr.curriculum.schedule import StepPlan
 from megatron_curr.data.loader import Batch
+from megatron_curr.models.experts import expert_biases
 from megatron_curr.parallel.context_split import split_for_context_parallel
 from megatron_curr.parallel.groups import Groups
 
@@ -82,6 +83,8 @@ class Stepper:
         self._run_schedule = get_forward_backward_func(
             groups.pp_size, len(self.chunks) if len(self.chunks) > 1 else None
         )
+        self._expert_biases = expert_biases(self.chunks)
+        self._expert_biases_before: list[Tensor] = []
         for chunk in self.chunks:
             get_model_config(chunk).finalize_model_grads_func = finalize_model_grads
 
@@ -93,6 +96,7 @@ class Stepper:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._expert_biases_before = [bias.clone() for bias in self._expert_biases]
         sums = self._pass(
             lambda: iter(batches),
             num_batches=len(batches),
@@ -133,6 +137,9 @@ class Stepper:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (loss.is_finite and math.isfinite(grad_norm)):
+            # Moved together with the gradients, before anybody could know.
+            for bias, before in zip(self._expert_biases, self._expert_biases_before, strict=True):
+                bias.copy_(before)
             return Update(grad_norm, applied=False)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.learning_rate * group["lr_mult"]

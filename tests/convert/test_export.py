@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_curr.convert.export import export_run
+from megatron_curr.convert.export import choose_family, export_run
 from megatron_curr.convert.stored import open_stored
 from megatron_curr.convert.verify import verify_export
 from megatron_curr.errors import CheckpointError, DataError, RecipeError, UserError
+from megatron_curr.recipe.load import load_recipe
 from tests.convert.saved_runs import VOCAB_SIZE, save_run, write_corpus
 
 MODELS = {
@@ -217,6 +218,12 @@ def test_a_model_without_an_architecture_is_refused(own_run: Path, tmp_path: Pat
     recipe.write_text(recipe.read_text().replace("num_layers: 4", both))
     with pytest.raises(RecipeError, match="no Hugging Face architecture"):
         export_run(own_run, tmp_path / "hf")
+
+
+def test_a_model_with_experts_is_refused(own_run: Path) -> None:
+    model = load_recipe(own_run / "recipe.yaml").model.model_copy(update={"num_moe_experts": 4})
+    with pytest.raises(RecipeError, match="num_moe_experts=4: there is no table"):
+        choose_family(model)
 
 
 def test_an_unknown_dtype_is_refused(plain_run: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from megatron_curr.models.backend import describe_backend
 from megatron_curr.models.gpt import build_gpt, padded_vocab_size, transformer_config
 from megatron_curr.parallel.groups import build_groups
 from megatron_curr.plan.model_size import num_parameters
+from megatron_curr.recipe.schema import Model
 from tests.parallel.layouts import SEQ_LENGTH, VOCAB_SIZE, layout, tiny_model
 from tests.ranks import run_ranks
 
@@ -16,6 +17,14 @@ QWEN = {
     "qk_layernorm": True,
     "add_qkv_bias": True,
     "untie_embeddings_and_output_weights": False,
+}
+
+
+MIXTRAL = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "moe_layer_freq": [0, 1, 1, 0],
+    "moe_shared_expert_intermediate_size": 32,
 }
 
 
@@ -55,7 +64,7 @@ def test_isolated_documents_equal_documents_alone() -> None:
 
 def sizes_and_weights(rank: int) -> None:
     groups = build_groups(layout())
-    for changes in ({}, QWEN):
+    for changes in ({}, QWEN, MIXTRAL):
         gpt = build_tiny(groups, **changes)
         held = sum(parameter.numel() for parameter in gpt.parameters())
         assert held == num_parameters(tiny_model(**changes), vocab_size=256)
@@ -68,6 +77,11 @@ def sizes_and_weights(rank: int) -> None:
     narrow = weights["decoder.layers.1.mlp.linear_fc2.weight"].std().item()
     assert narrow == pytest.approx(std / math.sqrt(2 * 4), rel=0.05)
     assert torch.equal(weights["decoder.final_layernorm.weight"], torch.ones(64))
+
+    experts = build_tiny(groups, **MIXTRAL).decoder.layers[1].mlp.experts.local_experts
+    first, second = (expert.linear_fc2.weight for expert in experts[:2])
+    assert not torch.equal(first, second)
+    assert first.std().item() == pytest.approx(std / math.sqrt(2 * 4), rel=0.05)
 
     again, other = dict(build_tiny(groups).named_parameters()), build_tiny(groups, seed=2)
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
@@ -99,9 +113,23 @@ def test_loss_is_summed_per_token_before_any_wrapper_is_built() -> None:
     assert config.params_dtype is config.pipeline_dtype is torch.bfloat16
 
 
+def test_settings_of_experts_reach_megatron_core() -> None:
+    mixtral = Model.model_validate({"preset": "mixtral_8x7b"})
+    config = transformer_config(mixtral, parallel=layout(ep=2), precision="bf16")
+    assert (config.num_moe_experts, config.moe_router_topk) == (8, 2)
+    assert config.moe_router_load_balancing_type == "seq_aux_loss"
+    assert (config.moe_aux_loss_coeff, config.moe_router_dtype) == (0.02, "fp32")
+    assert config.moe_layer_freq == [1] * 32
+    assert (config.expert_model_parallel_size, config.moe_token_dispatcher_type) == (2, "alltoall")
+    dense = transformer_config(tiny_model(), parallel=layout(), precision="fp32")
+    assert dense.num_moe_experts is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_modules_chosen_on_a_cpu() -> None:
     chosen = describe_backend()
     assert chosen["norm"] == "megatron_curr.models.norms.RMSNorm"
     assert chosen["core_attention"] == "megatron_curr.models.attention.CoreAttention"
-    assert "norm_and_linear" not in chosen
+    assert not {"norm_and_linear", "experts"} & set(chosen)
+    experts = describe_backend(has_experts=True)["experts"]
+    assert experts == "megatron.core.transformer.moe.experts.SequentialMLP"

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from megatron_curr.models.gpt import PRECISIONS, build_gpt_chunks
 from megatron_curr.parallel.context_split import split_for_context_parallel
+from megatron_curr.parallel.data_parallel import wrap_for_data_parallel
 from megatron_curr.parallel.full_tensors import (
     full_gradients,
     full_parameters,
@@ -54,20 +52,27 @@ def layout(
     tp: int = 1,
     pp: int = 1,
     cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
     vpp: int | None = None,
     sequence_parallel: bool = False,
     distributed_optimizer: bool = False,
     recompute: str | None = None,
+    micro_batch_size: int = MICRO_BATCH_SIZE,
+    **more: Any,
 ) -> Parallel:
     return Parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
         virtual_pipeline_model_parallel_size=vpp,
         sequence_parallel=sequence_parallel,
         use_distributed_optimizer=distributed_optimizer,
         recompute_granularity=recompute,
-        micro_batch_tokens=SEQ_LENGTH * MICRO_BATCH_SIZE,
+        micro_batch_tokens=SEQ_LENGTH * micro_batch_size,
+        **more,
     )
 
 
@@ -81,12 +86,21 @@ class Result:
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     unequal_replicas: list[str]
+    expert_biases: dict[str, Tensor]
 
 
-def batch_of(sample: int, *, isolate_documents: bool) -> dict[str, Tensor | None]:
-    """One micro-batch, a pure function of its place in the order, whole in the sequence."""
+def batch_of(samples: Sequence[int], *, isolate_documents: bool) -> dict[str, Tensor | None]:
+    """One micro-batch, a pure function of its places in the order, whole in the sequence."""
+    rows = [row_of(sample, isolate_documents=isolate_documents) for sample in samples]
+    return {
+        name: None if rows[0][name] is None else torch.cat([row[name] for row in rows])
+        for name in rows[0]
+    }
+
+
+def row_of(sample: int, *, isolate_documents: bool) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(sample)
-    shape = (MICRO_BATCH_SIZE, SEQ_LENGTH)
+    shape = (1, SEQ_LENGTH)
     tokens = torch.randint(VOCAB_SIZE, shape, generator=generator)
     edge = int(torch.randint(1, SEQ_LENGTH, (1,), generator=generator))
     documents = (torch.arange(SEQ_LENGTH) >= edge).long().expand(shape)
@@ -105,6 +119,7 @@ def run_steps(
     precision: str = "fp32",
     num_steps: int = 1,
     isolate_documents: bool = False,
+    bucket_size: int | None = None,
 ) -> Result:
     """Train ``num_steps`` steps; loss and gradients are the last one's. Collective."""
     groups = build_groups(parallel)
@@ -117,18 +132,25 @@ def run_steps(
         isolate_documents=isolate_documents,
     )
     first_weights = full_parameters(chunks, groups)
-    ddp = wrap(chunks, parallel)
+    ddp = wrap(chunks, parallel, bucket_size=bucket_size)
     optimizer = build_optimizer(ddp, parallel, precision=precision)
     for step in range(num_steps):
         for chunk in ddp:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss = forward_backward(ddp, groups, step=step, isolate_documents=isolate_documents)
+        loss = forward_backward(
+            ddp,
+            groups,
+            step=step,
+            isolate_documents=isolate_documents,
+            micro_batch_size=parallel.micro_batch_tokens // SEQ_LENGTH,
+        )
         gradients = full_gradients(ddp, groups)
         finite, grad_norm, _ = optimizer.step()
         assert finite
     weights = full_parameters(ddp, groups)
     unequal = unequal_replicas(ddp, groups)
+    biases = gathered_expert_biases(chunks)
     destroy_groups()
     return Result(
         loss=loss,
@@ -137,20 +159,31 @@ def run_steps(
         gradients=gradients,
         weights=weights,
         unequal_replicas=unequal,
+        expert_biases=biases,
     )
 
 
-def wrap(chunks: list[nn.Module], parallel: Parallel) -> list[nn.Module]:
-    config = chunks[0].config
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=False,
-    )
-    ddp = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+def gathered_expert_biases(chunks: list[nn.Module]) -> dict[str, Tensor]:
+    """The routers' biases by layer; every rank that has a router must have the same."""
+    mine = {
+        f"layer {module.layer_number}": module.expert_bias
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(module, TopKRouter) and module.expert_bias is not None
+    }
+    everyone: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole: dict[str, Tensor] = {}
+    for other in everyone:
+        for name, bias in (other or {}).items():
+            assert torch.equal(whole.setdefault(name, bias), bias), f"bias of {name} differs"
+    return whole
+
+
+def wrap(
+    chunks: list[nn.Module], parallel: Parallel, *, bucket_size: int | None = None
+) -> list[nn.Module]:
+    ddp = wrap_for_data_parallel(chunks, parallel=parallel, bucket_size=bucket_size)
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
     return ddp
@@ -168,6 +201,7 @@ def build_optimizer(
             bf16=precision == "bf16",
             params_dtype=PRECISIONS[precision],
             use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         ),
         ddp,
         use_gloo_process_groups=False,
@@ -175,21 +209,30 @@ def build_optimizer(
 
 
 def forward_backward(
-    ddp: list[nn.Module], groups: Groups, *, step: int, isolate_documents: bool
+    ddp: list[nn.Module],
+    groups: Groups,
+    *,
+    step: int,
+    isolate_documents: bool,
+    micro_batch_size: int = MICRO_BATCH_SIZE,
 ) -> float:
     """Gradients of one global batch; the mean loss of its unmasked tokens, on every rank."""
     first = step * NUM_SAMPLES
     own = range(first + groups.dp_rank, first + NUM_SAMPLES, groups.dp_size)
+    micro_batches = [
+        own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)
+    ]
     iterators = [
-        (batch_of(sample, isolate_documents=isolate_documents) for sample in own) for _ in ddp
+        (batch_of(samples, isolate_documents=isolate_documents) for samples in micro_batches)
+        for _ in ddp
     ]
     stored = get_forward_backward_func()(
         forward_step_func=partial(forward_step, groups=groups),
         data_iterator=iterators if len(ddp) > 1 else iterators[0],
         model=ddp if len(ddp) > 1 else ddp[0],
-        num_microbatches=len(own),
+        num_microbatches=len(micro_batches),
         seq_length=SEQ_LENGTH,
-        micro_batch_size=MICRO_BATCH_SIZE,
+        micro_batch_size=micro_batch_size,
         forward_only=False,
     )
     sums = torch.stack(stored).sum(0) if stored else torch.zeros(2, dtype=torch.float64)

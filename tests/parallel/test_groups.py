@@ -20,6 +20,14 @@ def places_cover_the_layout(rank: int) -> None:
     destroy_groups()
     assert build_groups(layout(pp=2)).dp_size == 2
     destroy_groups()
+    groups = build_groups(layout(tp=2, ep=2, etp=1))
+    assert (groups.ep_size, groups.etp_size, groups.tp_size, groups.dp_size) == (2, 1, 2, 2)
+    destroy_groups()
+    groups = build_groups(layout(tp=2, ep=2))
+    assert (groups.ep_size, groups.etp_size, groups.etp_rank) == (2, 2, groups.tp_rank)
+    destroy_groups()
+    with pytest.raises(RecipeError, match=r"4 ranks do not fit expert 8 .* multiple of 8"):
+        build_groups(layout(ep=8))
     with pytest.raises(RecipeError, match=r"4 ranks do not fit tensor 3 .* multiple of 3"):
         build_groups(layout(tp=3))
     with pytest.raises(RecipeError, match="virtual_pipeline_model_parallel_size=2 needs"):

@@ -21,6 +21,12 @@ VARIANTS = {
         )
     },
 }
+TIED = {"qwen, tied": VARIANTS["qwen, tied"]}
+SIX_LAYERS = {
+    "six layers, tied": {
+        "model": tiny_model(num_layers=6, untie_embeddings_and_output_weights=False)
+    }
+}
 ONE_QUERY_GROUP = {"one query group": {"model": tiny_model(num_query_groups=1)}}
 
 TWO_RANKS = {
@@ -29,12 +35,22 @@ TWO_RANKS = {
     "pp2": layout(pp=2),
     "pp2 vpp2": layout(pp=2, vpp=2),
     "cp2": layout(cp=2),
+    "pp2, one layer in the first stage": layout(pp=2, num_layers_in_first_pipeline_stage=1),
     "dp2": layout(),
     "dp2 distributed optimizer": layout(distributed_optimizer=True),
 }
 FOUR_RANKS = {
     "tp2 cp2 sp": layout(tp=2, cp=2, sequence_parallel=True),
     "pp2 dp2 distributed optimizer": layout(pp=2, distributed_optimizer=True),
+}
+DEEP_PIPELINES = {
+    "pp4": layout(pp=4),
+    "pp4, two layers in the first stage, two in the last": layout(
+        pp=4, num_layers_in_first_pipeline_stage=2, num_layers_in_last_pipeline_stage=2
+    ),
+    "pp2 vpp2 dp2, four layers in the last stage": layout(
+        pp=2, vpp=2, num_layers_in_last_pipeline_stage=4, distributed_optimizer=True
+    ),
 }
 
 
@@ -48,7 +64,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_one_rank(rank: int, path: Path) -> None:
     results = {
         name: run_steps(layout(), **variant)
-        for name, variant in {**VARIANTS, **ONE_QUERY_GROUP}.items()
+        for name, variant in {**VARIANTS, **SIX_LAYERS, **ONE_QUERY_GROUP}.items()
     }
     results["llama bf16"] = run_steps(layout(), precision="bf16", num_steps=2)
     torch.save(results, path)
@@ -71,6 +87,9 @@ def differences(ours: Result, one_rank: Result) -> list[str]:
         if not difference <= TOLERANCE:
             found.append(f"gradient of {name} by {difference:.1e}")
     found += [f"replicas of {name}" for name in ours.unequal_replicas]
+    for name, bias in one_rank.expert_biases.items():
+        if not torch.equal(bias, ours.expert_biases[name]):
+            found.append(f"expert bias of {name}")
     return found
 
 
@@ -98,9 +117,28 @@ def test_four_ranks_equal_one(one_rank: Path) -> None:
     run_ranks(layouts_equal_one_rank, 4, one_rank, FOUR_RANKS, VARIANTS)
 
 
+def test_deep_and_uneven_pipelines_equal_one_rank(one_rank: Path) -> None:
+    even = {"pp4": DEEP_PIPELINES["pp4"]}
+    run_ranks(layouts_equal_one_rank, 4, one_rank, even, TIED)
+    uneven = {name: parallel for name, parallel in DEEP_PIPELINES.items() if name != "pp4"}
+    run_ranks(layouts_equal_one_rank, 4, one_rank, uneven, SIX_LAYERS)
+
+
 def test_recomputed_activations_change_nothing(one_rank: Path) -> None:
     layouts = {
         "full": layout(tp=2, sequence_parallel=True, recompute="full"),
+        "full, units of two layers": layout(
+            tp=2, sequence_parallel=True, recompute="full", recompute_num_layers=2
+        ),
+        "full, one layer of each stage": layout(
+            pp=2, recompute="full", recompute_method="block", recompute_num_layers=1
+        ),
+        "attention and mlp": layout(
+            tp=2,
+            sequence_parallel=True,
+            recompute="selective",
+            recompute_modules=["core_attn", "mlp"],
+        ),
         "selective": layout(tp=2, sequence_parallel=True, recompute="selective"),
         "selective cp2": layout(cp=2, recompute="selective"),
     }

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 
 from megatron_curr.errors import ShimError
 from megatron_curr.models.gpt import build_gpt_chunks
@@ -83,6 +86,22 @@ def forked_states_are_apart(rank: int) -> None:
 @needs_no_cuda
 def test_random_states_of_tensor_ranks_are_apart() -> None:
     run_ranks(forked_states_are_apart, 2)
+
+
+def uneven_parts_travel(rank: int) -> None:
+    group = torch.distributed.group.WORLD
+    rows = [3, 0]
+    mine = torch.full((rows[rank], 2), float(rank + 1), requires_grad=True)
+    whole = gather_from_sequence_parallel_region(mine, group=group, output_split_sizes=rows)
+    assert whole.tolist() == [[1.0, 1.0]] * 3
+    whole.backward(torch.arange(6.0).view(3, 2))  # summed over both ranks, and cut
+    expected = torch.arange(6.0).view(3, 2) * 2
+    assert torch.equal(mine.grad, expected[: rows[rank]])
+
+
+@needs_no_cuda
+def test_uneven_parts_travel_on_gloo() -> None:
+    run_ranks(uneven_parts_travel, 2)
 
 
 def build(parallel):

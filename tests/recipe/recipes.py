@@ -8,6 +8,7 @@ import pytest
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.load import load_recipe
+from megatron_curr.recipe.nearest_layouts import HEADING
 from megatron_curr.recipe.schema import Recipe
 
 SOUND = """\
@@ -50,11 +51,15 @@ def sound_recipe(folder: Path, *overrides: str) -> Recipe:
 
 
 def refusal_of(folder: Path, *overrides: str, text: str = SOUND) -> list[str]:
-    """The lines of the error that loading must end in, without the folder's path."""
+    """The lines of the error that loading must end in, without the folder's path.
+
+    The layouts it suggests are left out.
+    """
     file = write_recipe(folder, text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(file, overrides)
-    return str(caught.value).replace(f"{folder}/", "").splitlines()
+    lines = str(caught.value).replace(f"{folder}/", "").splitlines()
+    return lines[: lines.index(HEADING)] if HEADING in lines else lines
 
 
 def only_refusal(folder: Path, *overrides: str, text: str = SOUND) -> str:

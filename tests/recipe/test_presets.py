@@ -5,11 +5,15 @@ from megatron_curr.recipe.schema import Model
 
 
 def num_parameters(model: Model, vocab_size: int) -> int:
-    """Of a Llama-like decoder, counted by hand."""
+    """Of a Llama-like or Mixtral-like decoder, counted by hand."""
     width, head = model.hidden_size, model.kv_channels
     query, key_value = model.num_attention_heads * head, model.num_query_groups * head
     attention = width * (2 * query + 2 * key_value) + (2 * head if model.qk_layernorm else 0)
-    layer = attention + 3 * width * model.ffn_hidden_size + 2 * width
+    if model.num_moe_experts:
+        hidden_rows = 3 * model.num_moe_experts * model.expert_ffn_hidden_size
+        layer = attention + width * (hidden_rows + model.num_moe_experts) + 2 * width
+    else:
+        layer = attention + 3 * width * model.ffn_hidden_size + 2 * width
     embeddings = vocab_size * width * (2 if model.untie_embeddings_and_output_weights else 1)
     return model.num_layers * layer + embeddings + width
 
@@ -21,6 +25,8 @@ def num_parameters(model: Model, vocab_size: int) -> int:
         ("llama3_70b", 70_553_706_496),
         ("qwen3_0_6b", 596_049_920),
         ("qwen3_8b", 8_190_735_360),
+        ("mixtral_8x7b", 46_702_792_704),
+        ("qwen3_30b_a3b", 30_532_122_624),
     ],
 )
 def test_preset_has_exactly_the_published_number_of_parameters(name: str, published: int) -> None:
