@@ -54,17 +54,25 @@ def launch_training(
 
 
 class Crew:
-    """The rank processes of one run."""
+    """The rank processes of one run; each is ``python -m module`` with the arguments."""
 
-    def __init__(self, arguments: Sequence[str], ranks: int, meeting: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        meeting: Path,
+        *,
+        module: str = "launch.worker",
+    ) -> None:
         self._meeting = meeting
+        self._module = module
         self._num_interrupts = 0
         self._processes = [self._start(arguments, rank, ranks) for rank in range(ranks)]
         self._handlers = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
 
     def _start(self, arguments: Sequence[str], rank: int, ranks: int) -> subprocess.Popen[bytes]:
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-        command = [sys.executable, "-m", "launch.worker", *arguments]
+        command = [sys.executable, "-m", self._module, *arguments]
         environment = {**os.environ, **{name: str(number) for name, number in place.items()}}
         if rank == 0:
             return subprocess.Popen(command, env=environment, start_new_session=True)

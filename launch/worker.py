@@ -16,10 +16,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_curr.errors import UserError
 from megatron_curr.recipe.load import load_recipe
@@ -60,22 +60,36 @@ class Place:
         return f"rank {self.rank} of {self.world_size}, pid {os.getpid()} on {socket.gethostname()}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one rank to its end and leave with its exit code."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Train as one rank to the end and leave with its exit code."""
     options = _parse(arguments)
+    signals = StopSignals()
     if options.parent is not None:
         die_with_parent(options.parent)
-    signals = StopSignals()
     signals.install()  # before the slow imports: a signal that comes meanwhile is not lost
+    run_rank(lambda place: _train(options, place, signals), failures=options.failures)
+
+
+def run_rank(work: Callable[[Place], None], *, failures: Path | None) -> NoReturn:
+    """Do one rank's work and leave with its exit code; a failure is told before.
+
+    torch is not imported yet: it reads its share of the cores when it is.
+    """
     faulthandler.enable()
     place = Place.from_environment()
     log_to_user(place.rank)
+    share = max((os.cpu_count() or 1) // place.local_world_size, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    # Threads that wait spin; where other programs want the same cores that makes a step several
+    # times slower (measured: 15 s instead of 5 s).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     code = 0
     try:
-        _train(options, place, signals)
+        work(place)
     except Exception as error:
         code = 2 if isinstance(error, UserError) else 1
-        _tell(error, place, options.failures)
+        _tell(error, place, failures)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -84,16 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> None:
-    share = max((os.cpu_count() or 1) // place.local_world_size, 1)
-    # torch reads these when it is imported. Threads that wait spin; where other programs want the
-    # same cores that makes a step several times slower (measured: 15 s instead of 5 s).
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     from megatron_curr.training.preflight import prepare
 
     prepared = prepare(load_recipe(options.recipe, options.overrides), place.world_size)
-    _join(place, options.rendezvous)
+    join(place, options.rendezvous)
     train_prepared(prepared, place, signals=signals, stop_at_tokens=options.stop_at_tokens)
 
 
@@ -127,7 +135,7 @@ def train_prepared(
             lock.release()
 
 
-def _join(place: Place, rendezvous: str | None) -> None:
+def join(place: Place, rendezvous: str | None) -> None:
     """Meet the other ranks: in a file when we started them, else where torchrun says."""
     import torch
     import torch.distributed as dist

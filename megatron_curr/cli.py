@@ -111,6 +111,45 @@ def train(
     raise typer.Exit(launch_training(recipe, overrides or [], ranks, stop_at_tokens=stop_at))
 
 
+@app.command(
+    epilog="Example: megatron-curr parity configs/demo_text.yaml --layouts tp2sp,pp2,cp2,tp2cp2sp"
+)
+def parity(
+    recipe: RecipeFile,
+    layouts: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Layouts to check, such as tp2sp,pp2vpp2,cp2ring,dp2do,tp2pp2cp2spdo or recipe.",
+        ),
+    ],
+    reference: Annotated[
+        str, typer.Option(metavar="NAME", help="The layout they must agree with: one rank.")
+    ] = "1",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take on each.")] = 3,
+    precision: Annotated[
+        str, typer.Option(help="fp32, where rounding hides least, or bf16, as kernels may need.")
+    ] = "fp32",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest relative difference. Default: 2e-5; bf16: 5e-2."),
+    ] = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Take a recipe's first steps on several layouts and compare losses, gradients and weights."""
+    from launch.parity import Question, check_parity
+
+    question = Question(
+        layouts=tuple(dict.fromkeys(name.strip() for name in layouts.split(","))),
+        reference=reference,
+        num_steps=steps,
+        precision=precision,
+        tolerance=tolerance,
+    )
+    raise typer.Exit(check_parity(recipe, overrides or [], question, as_json=as_json))
+
+
 @app.command(epilog="Example: megatron-curr convert runs/demo_text runs/demo_text/hf")
 def convert(
     run: Annotated[
