@@ -39,7 +39,8 @@ from megatron_curr.curriculum.schedule import Schedule, build_schedule
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.shards import ShardSet, open_shards
 from megatron_curr.data.windows import cut_windows
-from megatron_curr.recipe.schema import Curriculum, Source
+from megatron_curr.recipe.phases import Curriculum
+from megatron_curr.recipe.schema import Source
 
 DRAWN_BEFORE, DRAWN_AFTER = 6_000, 2_000
 OLD_WEIGHTS = {"few": 0.2, "many": 0.8}

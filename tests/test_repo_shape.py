@@ -55,7 +55,7 @@ def name_of(file: Path) -> str:
 
 
 def part_of(file: Path) -> str:
-    """``recipe`` for megatron_curr/recipe/load.py, ``cli`` for megatron_curr/cli.py."""
+    """``recipe`` for megatron_curr/recipe/load.py, ``cli`` for megatron_curr/cli/train.py."""
     parts = file.relative_to(ROOT / "megatron_curr").parts
     return parts[0].removesuffix(".py")
 

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_curr.cli import main
 from megatron_curr.curriculum.ledger import amend, append_entries, open_ledger
-from megatron_curr.recipe.schema import Curriculum
+from megatron_curr.recipe.phases import Curriculum
 from megatron_curr.trace import open_trace, trace_command
 from tests.data.corpora import recipe, recipe_dict, write_source
 

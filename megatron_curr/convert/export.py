@@ -26,7 +26,8 @@ from megatron_curr.convert.tokenizer import write_tokenizer
 from megatron_curr.data.shards import ShardSet, open_shards
 from megatron_curr.data.tokenizer import load_tokenizer
 from megatron_curr.errors import CheckpointError, DataError, RecipeError
-from megatron_curr.recipe.schema import Model, Recipe
+from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.schema import Recipe
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

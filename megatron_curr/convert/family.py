@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_curr.recipe.schema import Model
+from megatron_curr.recipe.model import Model
 
 Rows = tuple[tuple[int, int], ...]  # half-open ranges, in order; () means every row
 RowsOf = Callable[[Model], Rows]

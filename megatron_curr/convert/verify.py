@@ -21,7 +21,7 @@ from megatron_curr.convert.export import heldout_sets
 from megatron_curr.convert.source import Source, find_source
 from megatron_curr.convert.stored import open_stored
 from megatron_curr.errors import CheckpointError, DataError
-from megatron_curr.recipe.schema import Parallel
+from megatron_curr.recipe.parallel import Parallel
 
 # Largest logit difference that rounding explains, by the precision of the published weights.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}

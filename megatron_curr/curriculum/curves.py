@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_curr.recipe.schema import BatchPiece, MixturePiece, Piece, Shape
+from megatron_curr.recipe.phases import BatchPiece, MixturePiece, Piece, Shape
 
 Floats = NDArray[np.float64]
 Value = TypeVar("Value", float, Floats)

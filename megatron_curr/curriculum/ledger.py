@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megatron_curr.curriculum.schedule import Edition, Schedule, build_schedule
 from megatron_curr.errors import CheckpointError, RecipeError
-from megatron_curr.recipe.schema import Curriculum
+from megatron_curr.recipe.phases import Curriculum
 
 GENESIS = "0" * 64
 

@@ -19,9 +19,7 @@ import numpy as np
 
 from megatron_curr.curriculum.curves import Curve, Floats, Value, build_curve
 from megatron_curr.errors import RecipeError
-from megatron_curr.recipe.schema import Curriculum, Phase, normalised
-
-DEFAULT_WEIGHT_DECAY = 0.1
+from megatron_curr.recipe.phases import DEFAULT_WEIGHT_DECAY, Curriculum, Phase, normalised
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from megatron_curr.models.backend import experts_of, have_transformer_engine
 
 if TYPE_CHECKING:
-    from megatron_curr.recipe.schema import Model, Parallel
+    from megatron_curr.recipe.model import Model
+    from megatron_curr.recipe.parallel import Parallel
 
 
 class Router(TopKRouter):

@@ -40,7 +40,8 @@ from megatron_curr.parallel.groups import Groups
 from megatron_curr.recipe.context_rules import hierarchical_sizes
 
 if TYPE_CHECKING:
-    from megatron_curr.recipe.schema import Model, Parallel
+    from megatron_curr.recipe.model import Model
+    from megatron_curr.recipe.parallel import Parallel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch.distributed as dist
 
-from megatron_curr.recipe.schema import ContextParallelExchange
+from megatron_curr.recipe.parallel import ContextParallelExchange
 
 
 @dataclass(frozen=True, slots=True)

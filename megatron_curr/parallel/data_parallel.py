@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 if TYPE_CHECKING:
-    from megatron_curr.recipe.schema import Parallel
+    from megatron_curr.recipe.parallel import Parallel
 
 
 def wrap_for_data_parallel(

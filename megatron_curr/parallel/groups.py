@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_curr.errors import RecipeError
 
 if TYPE_CHECKING:
-    from megatron_curr.recipe.schema import Parallel
+    from megatron_curr.recipe.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_curr.recipe.schema import Model
+from megatron_curr.recipe.model import Model
 
 
 def num_parameters(model: Model, *, vocab_size: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import lcm
 
+from megatron_curr.recipe.phases import BatchPiece, MixturePiece, Phase, Piece
 from megatron_curr.recipe.problems import Problem
-from megatron_curr.recipe.schema import BatchPiece, MixturePiece, Phase, Piece, Recipe
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import phase_path, use
 from megatron_curr.recipe.yaml_lines import Path
 

@@ -11,8 +11,9 @@ from math import lcm
 from megatron_curr.recipe.batch_rules import batches, pieces_of
 from megatron_curr.recipe.layout_rules import layout_problems, rank_problems
 from megatron_curr.recipe.nearest_layouts import refuse_layout
+from megatron_curr.recipe.phases import MixturePiece, Phase, Piece
 from megatron_curr.recipe.problems import Problem, did_you_mean, refusal
-from megatron_curr.recipe.schema import MixturePiece, Phase, Piece, Recipe
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import either, phase_path
 from megatron_curr.recipe.yaml_lines import Path
 

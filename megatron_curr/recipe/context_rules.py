@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.problems import Problem
-from megatron_curr.recipe.schema import Model, Parallel, Recipe
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import divisors
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 
+from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.problems import Problem
-from megatron_curr.recipe.schema import Model, Recipe
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import divisors, either
 
 _LAYOUT = "parallel"

@@ -29,8 +29,9 @@ from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import recipe_problems
 from megatron_curr.recipe.layout_rules import rank_problems
 from megatron_curr.recipe.nearest_layouts import MOST, nearest_layouts
+from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.problems import Problem, problems_of, refusal
-from megatron_curr.recipe.schema import Parallel, Recipe
+from megatron_curr.recipe.schema import Recipe
 
 ONE_RANK = "1"
 AS_RECIPE = "recipe"

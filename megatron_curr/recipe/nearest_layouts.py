@@ -8,8 +8,9 @@ from math import gcd, lcm, log2
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.layout_rules import layout_problems, rank_problems
+from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.problems import Problem, refusal
-from megatron_curr.recipe.schema import Parallel, Recipe
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import divisors_of
 from megatron_curr.recipe.yaml_lines import Path
 

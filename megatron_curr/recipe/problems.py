@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_curr.errors import RecipeError
-from megatron_curr.recipe.schema import Recipe, Section
+from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.section import Section
 from megatron_curr.recipe.yaml_lines import Path
 
 

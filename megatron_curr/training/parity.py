@@ -40,7 +40,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_curr.parallel.data_parallel import finish_param_gather
 from megatron_curr.parallel.full_tensors import full_gradients, full_parameters, unequal_replicas
 from megatron_curr.parallel.groups import build_groups, destroy_groups
-from megatron_curr.recipe.schema import Piece, Recipe
+from megatron_curr.recipe.phases import Piece
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.training.build import build_loader, build_model
 from megatron_curr.training.parity_verdict import (
     FIRST_WEIGHTS,

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_curr.recipe.schema import Curriculum
+from megatron_curr.recipe.phases import Curriculum
 
 SOURCES = ("prose", "code", "math")
 LENGTHS = (8, 16, 32)

@@ -15,7 +15,7 @@ from megatron_curr.curriculum.ledger import (
     read_ledger,
 )
 from megatron_curr.errors import CheckpointError, RecipeError
-from megatron_curr.recipe.schema import Curriculum
+from megatron_curr.recipe.phases import Curriculum
 from tests.curriculum.curricula import curricula
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megatron_curr.curriculum.curves import Curve, Ramp, mean_progress, progress
 from megatron_curr.curriculum.schedule import Edition, Schedule, StepPlan, build_schedule
 from megatron_curr.errors import RecipeError
-from megatron_curr.recipe.schema import Curriculum
+from megatron_curr.recipe.phases import Curriculum
 from tests.curriculum.curricula import LENGTHS, curricula
 
 

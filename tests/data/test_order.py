@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from megatron_curr.curriculum.schedule import Edition, build_schedule
 from megatron_curr.data.order import SampleOrder, Samples
 from megatron_curr.errors import RecipeError
-from megatron_curr.recipe.schema import Curriculum, Source
+from megatron_curr.recipe.phases import Curriculum
+from megatron_curr.recipe.schema import Source
 from tests.curriculum.curricula import SOURCES, curricula
 
 sizes = st.fixed_dictionaries({name: st.integers(1000, 9000) for name in SOURCES})

@@ -9,7 +9,7 @@ from megatron_curr.models.backend import describe_backend
 from megatron_curr.models.gpt import build_gpt, padded_vocab_size, transformer_config
 from megatron_curr.parallel.groups import build_groups
 from megatron_curr.plan.model_size import num_parameters
-from megatron_curr.recipe.schema import Model
+from megatron_curr.recipe.model import Model
 from tests.parallel.layouts import SEQ_LENGTH, VOCAB_SIZE, layout, tiny_model
 from tests.ranks import run_ranks
 

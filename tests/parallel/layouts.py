@@ -24,7 +24,8 @@ from megatron_curr.parallel.full_tensors import (
     unequal_replicas,
 )
 from megatron_curr.parallel.groups import Groups, build_groups, destroy_groups
-from megatron_curr.recipe.schema import Model, Parallel
+from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.parallel import Parallel
 
 SEQ_LENGTH = 32
 MICRO_BATCH_SIZE = 1

@@ -7,7 +7,7 @@ from megatron_curr.plan.model_size import (
     num_active_parameters,
     num_parameters,
 )
-from megatron_curr.recipe.schema import Model
+from megatron_curr.recipe.model import Model
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.load import dump_recipe, load_recipe
-from megatron_curr.recipe.schema import MixturePiece, Piece, normalised
+from megatron_curr.recipe.phases import MixturePiece, Piece, normalised
 from megatron_curr.recipe.shipped import shipped_recipe
 from tests.recipe.recipes import SOUND, only_refusal, refusal_of, sound_recipe, write_recipe
 

@@ -1,7 +1,7 @@
 import pytest
 
+from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.presets import model_preset, preset_names
-from megatron_curr.recipe.schema import Model
 
 
 def num_parameters(model: Model, vocab_size: int) -> int:

@@ -11,7 +11,8 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron_curr.models.gpt import build_gpt_chunks
 from megatron_curr.parallel.data_parallel import finish_param_gather
 from megatron_curr.parallel.groups import build_groups, destroy_groups
-from megatron_curr.recipe.schema import Checkpoint, Parallel
+from megatron_curr.recipe.parallel import Parallel
+from megatron_curr.recipe.schema import Checkpoint
 from megatron_curr.training.checkpoint import Checkpointer
 from megatron_curr.training.checkpoint_folder import RunState, list_checkpoints
 from tests.parallel.layouts import (

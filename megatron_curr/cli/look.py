@@ -1,0 +1,76 @@
+"""Verbs that look: report, trace, doctor, schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_curr.cli.app import AsJson, Overrides, RunFolder, app, count
+
+
+@app.command(epilog="Example: megatron-curr report runs/demo_text")
+def report(run: RunFolder) -> None:
+    """Write report.html into a run's folder: one page that needs nothing beside it."""
+    from megatron_curr.report.build import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@app.command(epilog="Example: megatron-curr trace configs/demo_text.yaml --token 900k --count 4")
+def trace(
+    target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe or a run.")],
+    position: Annotated[int, typer.Option(min=0, help="First sample, counted from 0.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
+    token: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="TOKENS", help="Start at this token instead."),
+    ] = None,
+    document: Annotated[
+        str | None,
+        typer.Option(metavar="SHARD:I", help="When is document I of this shard read?"),
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Decode the samples as well.")] = False,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say which documents a sample is made of, or when a document is read; builds no model."""
+    from megatron_curr.trace import trace_command
+
+    lines = trace_command(
+        target,
+        position=position,
+        count=count,
+        token=token,
+        document=document,
+        text=text,
+        as_json=as_json,
+        overrides=overrides or [],
+    )
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command(epilog="Example: megatron-curr doctor configs/demo_text.yaml")
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="Also say what this recipe will use.")
+    ] = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has, what is wrong with it, and which modules a recipe will use."""
+    from megatron_curr.doctor import doctor as examine
+    from megatron_curr.recipe.load import load_recipe
+
+    typer.echo(examine(load_recipe(recipe, overrides or []) if recipe else None, as_json=as_json))
+
+
+@app.command(epilog="Example: megatron-curr schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON schema of recipes, for completion and checks in an editor."""
+    from megatron_curr.recipe.schema import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))

@@ -1,0 +1,119 @@
+"""The curriculum as it is written: phases, and curves made of pieces."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, field_validator
+
+from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section
+
+DEFAULT_WEIGHT_DECAY = 0.1
+Shape = Literal["linear", "cosine", "step"]
+
+
+class Piece(Section):
+    """A stretch of a curve: from one value to another over some tokens, then hold."""
+
+    from_: float | None = Field(None, alias="from", description="Default: where the curve stands")
+    to: float
+    shape: Shape = "linear"
+    over: PositiveTokens | None = Field(None, description="Default: the rest of the phase")
+
+
+class BatchPiece(Section):
+    """A stretch of the global-batch curve, climbing in whole increments."""
+
+    from_: PositiveTokens | None = Field(None, alias="from")
+    to: PositiveTokens
+    increment: PositiveTokens
+    shape: Shape = "linear"
+    over: PositiveTokens | None = None
+
+
+def normalised(weights: dict[str, float]) -> dict[str, float]:
+    """Weights scaled to sum 1. Raises ``ValueError`` when one is negative or not a number."""
+    for source, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"weight of {source!r} is {weight}; it must be a number of 0 or more")
+    total = math.fsum(weights.values())
+    if total <= 0:
+        raise ValueError("every weight is zero; give at least one source a positive weight")
+    if abs(total - 1) < 1e-15:  # what a division by the total leaves: scaling twice changes nothing
+        return dict(weights)
+    return {source: weight / total for source, weight in weights.items()}
+
+
+Weight = Annotated[float, Field(allow_inf_nan=True)]  # refused in `normalised`, by source name
+Weights = Annotated[dict[str, Weight], AfterValidator(normalised)]
+
+
+class MixturePiece(Section):
+    """A stretch of the mixture: weights are shares of tokens, normalised to 1."""
+
+    from_: Weights | None = Field(None, alias="from")
+    to: Weights
+    shape: Shape = "linear"
+    over: PositiveTokens | None = None
+
+
+def _form(value: Any) -> str:
+    """Which way of writing a curve was meant, so that only its mistakes are reported."""
+    if isinstance(value, list):
+        return "<pieces>"
+    if isinstance(value, BaseModel):
+        return "<piece>"
+    return "<piece>" if isinstance(value, dict) else "<value>"
+
+
+def _mixture_form(value: Any) -> str:
+    """As ``_form``; plain weights are a mapping too, of sources to numbers."""
+    if not isinstance(value, dict):
+        return _form(value) if value is not None else "<value>"
+    piece = any(isinstance(value.get(key), dict) for key in ("from", "from_", "to"))
+    return "<piece>" if piece or "shape" in value or "over" in value else "<value>"
+
+
+Curve = Annotated[
+    Annotated[float, Tag("<value>")]
+    | Annotated[Piece, Tag("<piece>")]
+    | Annotated[list[Piece], Field(min_length=1), Tag("<pieces>")],
+    Discriminator(_form),
+]
+BatchCurve = Annotated[
+    Annotated[PositiveTokens, Tag("<value>")]
+    | Annotated[BatchPiece, Tag("<piece>")]
+    | Annotated[list[BatchPiece], Field(min_length=1), Tag("<pieces>")],
+    Discriminator(_form),
+]
+Mixture = Annotated[
+    Annotated[Weights, Tag("<value>")]
+    | Annotated[MixturePiece, Tag("<piece>")]
+    | Annotated[list[MixturePiece], Field(min_length=1), Tag("<pieces>")],
+    Discriminator(_mixture_form),
+]
+
+
+class Phase(Section):
+    """An interval of the curriculum. A curve left out holds the value the phase before ended on."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    tokens: PositiveTokens
+    seq_length: int = Field(gt=0)
+    mixture: Mixture | None = None
+    global_batch_tokens: BatchCurve | None = None
+    learning_rate: Curve | None = None
+    weight_decay: Curve | None = None
+
+
+class Curriculum(Section):
+    phases: list[Phase] = Field(min_length=1)
+
+    @field_validator("phases")
+    @classmethod
+    def _fill_weight_decay(cls, phases: list[Phase]) -> list[Phase]:
+        first = phases[0]
+        if first.weight_decay is None:
+            first = first.model_copy(update={"weight_decay": DEFAULT_WEIGHT_DECAY})
+        return [first, *phases[1:]]
