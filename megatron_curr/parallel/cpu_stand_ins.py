@@ -200,3 +200,15 @@ def scatters_uneven_parts(original: Any) -> Any:
         return whole.split(input_split_sizes)[group.rank()].clone()
 
     return reduce_scatter
+
+
+def norm_summed_in_float64(
+    chunk_size: int,
+    overflow: torch.Tensor,
+    tensor_lists: list[list[torch.Tensor]],
+    per_tensor: bool,
+    *args: object,
+) -> tuple[torch.Tensor, None]:
+    """2-norm [1] of all tensors of the first list, float32 as the callers reduce it."""
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in tensor_lists[0]]
+    return torch.linalg.vector_norm(torch.stack(norms)).to(torch.float32).reshape(1), None

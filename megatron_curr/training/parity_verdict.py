@@ -97,7 +97,7 @@ class Verdict:
 def print_table(verdicts: Sequence[Verdict], *, title: str, console: Console) -> None:
     """Layouts by largest relative differences."""
     table = Table(title=title, title_justify="left")
-    table.add_column("layout")
+    table.add_column("layout", no_wrap=True, min_width=max(len(v.layout) for v in verdicts))
     table.add_column("ranks", justify="right")
     for quantity in (*QUANTITIES, REPLICAS, ""):
         table.add_column(quantity, justify="right")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
@@ -160,3 +161,17 @@ def optimizer_goes_on_after_loading(rank: int, folder: Path) -> None:
 @needs_no_cuda
 def test_distributed_optimizer_goes_on_after_loading(tmp_path: Path) -> None:
     run_ranks(optimizer_goes_on_after_loading, 1, tmp_path)
+
+
+@needs_no_cuda
+def test_gradient_norm_counts_small_entries_beside_large_ones() -> None:
+    gradient = torch.full((8192, 192), 1e-4)
+    gradient[0] = 1.0  # squares of the rest are lost where they are added to its own in float32
+    exact = gradient.double().norm().item()
+    assert abs(gradient.norm().item() / exact - 1) > 1e-5  # torch's own, what the shim mends
+    run_ranks(norm_is, 1, gradient, exact)
+
+
+def norm_is(rank: int, gradient: torch.Tensor, exact: float) -> None:
+    norm = get_grad_norm_fp32([gradient], grad_stats_parallel_group=None)
+    assert norm == pytest.approx(exact, rel=1e-6)
