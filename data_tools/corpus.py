@@ -1,103 +1,143 @@
-"""Reading a corpus: jsonl, one document a line, and what to do about the lines that are not.
+"""Which files a corpus is made of, and how they are cut into units of work.
 
-Every line is parsed on its own, from bytes: a damaged one is reported with its place and reason,
-and the next one is read.
+A unit is what one worker does in one go and what a killed run loses at most: spans of about the
+same size, which are byte ranges of a plain file, row groups of parquet, record batches of Arrow, or
+whole files where the format gives no way in. Small files share a unit. Where a unit ends depends on
+its own last file only, so a file that is added or mended moves no other unit.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import orjson
-
+from data_tools.formats import FORMATS, Format, Row, Span, format_of, open_rows, parts_of
 from megatron_curr.errors import DataError
 
-JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_LONGEST_UNIT = 4  # times the size asked for: small files are grouped by chance, see _ends_unit
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """One document; ``line`` counts from 1, ``num_bytes`` is the length of the line in the file."""
+class Unit:
+    """Spans read one after the other. ``key`` names files, their state and the options: what was
+    made under the same key need not be made again."""
 
-    text: str
-    file: Path
-    line: int
-    num_bytes: int
-    metadata: dict[str, Any] = field(default_factory=dict)
+    key: str
+    spans: tuple[Span, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """A line that is not a document; ``byte_offset`` is where the line starts."""
-
-    file: Path
-    line: int
-    num_bytes: int
-    byte_offset: int
-    reason: str
+    @property
+    def num_bytes(self) -> int:
+        return sum(span.num_bytes for span in self.spans)
 
 
-def find_files(inputs: Iterable[Path]) -> list[Path]:
-    """The jsonl files that the inputs name: files as they are, folders searched to the bottom.
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files that the inputs name: files, folders to the bottom, globs, ``@list`` files.
 
-    In the order given, sorted inside a folder. Raises ``DataError`` where there is nothing to read.
+    In the order given, sorted inside a folder or a glob. Raises ``DataError`` for what is not
+    there, for an unknown format, and for a file that is named twice.
     """
-    files = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(below for below in path.rglob("*") if below.suffix in JSONL_SUFFIXES)
-            if not found:
-                raise DataError(f"{path}: no {', '.join(JSONL_SUFFIXES)} file in this folder")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder; give jsonl files or folders of them")
+    files: list[Path] = []
+    for given in map(str, inputs):
+        files += _files_of(given)
+    if not files:
+        raise DataError("no input file; give files, folders, globs or @list files")
+    seen: set[Path] = set()
+    for file in files:
+        format_of(file)
+        if file in seen:
+            raise DataError(f"{file}: named twice, so its documents would be read twice")
+        seen.add(file)
     return files
 
 
-def read_lines(path: Path, *, text_field: str = "text") -> Iterator[Document | Reject]:
-    """Every line of a jsonl file, as a document or as the reason why it is none."""
-    offset = 0
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            parsed = _parse(line, text_field)
-            if isinstance(parsed, str):
-                yield Reject(path, number, len(line), offset, parsed)
-            else:
-                text = parsed.pop(text_field)
-                yield Document(text, path, number, len(line), parsed)
-            offset += len(line)
-
-
-def read_documents(path: Path, *, text_field: str = "text") -> Iterator[Document]:
-    """Only the documents of a jsonl file; damaged lines are left to ``read_lines`` to report."""
-    for item in read_lines(path, text_field=text_field):
-        if isinstance(item, Document):
-            yield item
-
-
-def _parse(line: bytes, text_field: str) -> dict[str, Any] | str:
-    """The object on one line, or the reason it is not a document."""
-    if not line.strip():
-        return "blank line"
-    try:
-        content = orjson.loads(line)
-    except orjson.JSONDecodeError:
+def _files_of(given: str) -> list[Path]:
+    path = Path(given)
+    if given.startswith("@"):
+        listing = Path(given[1:])
         try:
-            line.decode()
-        except UnicodeDecodeError:
-            return "invalid UTF-8"
-        return "invalid JSON"
-    if not isinstance(content, dict):
-        return "not a JSON object"
-    if text_field not in content:
-        return f"no field {text_field!r}"
-    if not isinstance(content[text_field], str):
-        return f"field {text_field!r} is not text"
-    if not content[text_field]:
-        return "empty text"
-    return content
+            lines = listing.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{listing}: cannot be read as a list of files ({error})") from error
+        return [file for line in lines if line.strip() for file in _files_of(line.strip())]
+    if path.is_dir():
+        found = sorted(below for below in path.rglob("*") if below.name.endswith(tuple(FORMATS)))
+        if not found:
+            raise DataError(f"{path}: no {', '.join(FORMATS)} file in this folder")
+        return found
+    if path.is_file():
+        return [path]
+    if glob.has_magic(given):
+        matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+        found = [match for match in matches if match.is_file()]
+        if not found:
+            raise DataError(f"{given}: no file matches this glob")
+        return found
+    raise DataError(f"{path}: no such file or folder; give files, folders, globs or @list files")
+
+
+def plan_units(
+    files: Iterable[Path], *, unit_bytes: int, by_line: bool, options_key: str
+) -> list[Unit]:
+    """All units of a corpus, in the order of its documents.
+
+    ``by_line`` says that a text file is a document a line; ``options_key`` stands for everything
+    else that decides what a unit makes. Raises ``DataError`` for a file that cannot be opened.
+    """
+    units: list[Unit] = []
+    spans: list[Span] = []
+    states: list[tuple[object, ...]] = []
+    pending_bytes = 0
+
+    def close() -> None:
+        nonlocal pending_bytes
+        content = json.dumps([options_key, states]).encode()
+        units.append(Unit(hashlib.blake2b(content, digest_size=12).hexdigest(), tuple(spans)))
+        spans.clear()
+        states.clear()
+        pending_bytes = 0
+
+    for file in files:
+        state = file.stat()
+        for span in _spans(file, state.st_size, unit_bytes=unit_bytes, by_line=by_line):
+            whole = span.num_bytes == state.st_size and state.st_size < unit_bytes
+            if not whole and spans:
+                close()
+            spans.append(span)
+            states.append((span.file, span.first, span.end, state.st_size, state.st_mtime_ns))
+            pending_bytes += span.num_bytes
+            full = pending_bytes >= _LONGEST_UNIT * unit_bytes
+            if not whole or full or _ends_unit(span, unit_bytes):
+                close()
+    if spans:
+        close()
+    return units
+
+
+def _ends_unit(span: Span, unit_bytes: int) -> bool:
+    """Whether a small file closes its unit: by the hash of its name, once in ``unit_bytes``."""
+    drawn = hashlib.blake2b(span.file.encode(), digest_size=8).digest()
+    return int.from_bytes(drawn, "little") * unit_bytes < span.num_bytes * 2**64
+
+
+def _spans(file: Path, size: int, *, unit_bytes: int, by_line: bool) -> Iterator[Span]:
+    kind = format_of(file)
+    if kind.kind == "text" and kind.compression is None and not by_line:
+        kind = Format("document", None)
+    if size <= unit_bytes:
+        yield Span(str(file), kind, 0, None, size)
+    else:
+        yield from parts_of(file, kind, size, unit_bytes)
+
+
+def read_documents(path: Path, *, text_field: str = "text") -> Iterator[str]:
+    """The texts of one file; rows that hold none are left to preprocessing to report."""
+    span = next(_spans(path, 0, unit_bytes=1, by_line=False))
+    for row in open_rows(span, fields=(text_field,), max_bytes=1 << 28):
+        if isinstance(row, Row) and isinstance(row.content, dict):
+            text = row.content.get(text_field)
+            if isinstance(text, str) and text:
+                yield text

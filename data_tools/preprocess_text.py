@@ -1,84 +1,92 @@
-"""Turn jsonl documents into the indexed shards of one source, and a held-out part of them.
+"""Turn a corpus into the indexed shards of one source, and a held-out part of them.
 
-``OUT/train`` and ``OUT/heldout`` get ``.bin/.idx`` shards with a ``manifest.json``; lines that are
-no document are listed in ``OUT/rejects.jsonl``. A document is held out by the hash of its text, so
-the split stays as it is when the corpus grows, and a repeated document is never on both sides.
+``OUT/train`` and ``OUT/heldout`` get ``.bin/.idx`` shards, each with a document table, and a
+``manifest.json``; rows that are no document are listed in ``OUT/rejects.jsonl``. All work happens
+in ``OUT.partial``: units of the corpus first, in any order, by any number of workers or array
+tasks; then the shards, cut from the units in order. A killed run goes on from there.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
-import numpy as np
-
-from data_tools.corpus import Document, Reject, find_files, read_lines
+from data_tools.corpus import Unit, find_files, plan_units
+from data_tools.documents import Preparation
+from data_tools.engines import Verdict
+from data_tools.formats import DamagedFile
+from data_tools.options import Options, RunSettings
 from data_tools.progress import ReadProgress
-from megatron_curr.data.idx_format import token_dtype
-from megatron_curr.data.manifest import (
-    FILE_NAME,
-    Manifest,
-    ShardRecord,
-    TokenizerRecord,
-    write_manifest,
+from data_tools.publish import discard, make_shards, publish
+from data_tools.sampling import check_engine
+from data_tools.unit_work import (
+    COUNTERS,
+    RECORD,
+    REJECTS,
+    SPLITS,
+    Job,
+    UnitRecord,
+    total_rejects,
+    warm_up,
+    work_on_unit,
 )
-from megatron_curr.data.shard_writer import ShardWriter
+from data_tools.workers import Workers
+from megatron_curr.data.manifest import FILE_NAME, read_manifest
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
 from megatron_curr.units import format_bytes
 
-SPLITS = ("train", "heldout")
-REJECTS = "rejects.jsonl"
-_BATCH_CHARS = 1_000_000  # text tokenised at once: keeps the threads busy, costs a few tens of MB
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decides the bytes that come out; recorded in the manifest."""
-
-    text_field: str = "text"
-    heldout_frac: float = 0.02
-    shard_tokens: int = 1_000_000_000
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.heldout_frac < 1:
-            raise DataError(f"heldout_frac {self.heldout_frac}: must be from 0 to below 1")
-        if self.shard_tokens <= 0:
-            raise DataError(f"shard_tokens {self.shard_tokens}: must be positive")
+__all__ = ["Options", "RunSettings", "Summary", "preprocess"]
+_MIN_ROWS_TO_JUDGE = 1_000  # before that, a few bad rows at the start say little
+_LISTED = 5
+_UNIT_VERSION = 1  # of what a unit holds; units of another are made again
+_PRELOAD = ("data_tools.unit_work",)
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What one run wrote."""
+    """What one run wrote. An array task counts what it did itself and has no shards yet."""
 
     folder: Path
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
     rejects: Mapping[str, int]
+    filtered: int
+    duplicates: int
     read_bytes: int
     elapsed_s: float
+    engine: str
+    state: str  # "done", "already done", or "task done"
+    units: int
+    units_kept: int  # finished before by a run that was ended, or by an array task
 
     def text(self) -> str:
         """What a person wants to know of the run, in a few lines."""
-        lines = [
-            f"{self.folder / split}: {self.documents[split]:,} documents, "
-            f"{self.tokens[split]:,} tokens"
-            for split in SPLITS
-        ]
+        lines = [] if self.state == "done" else [f"{self.folder}: {self.state}"]
+        if self.state != "task done":
+            lines += [
+                f"{self.folder / split}: {count:,} documents, {self.tokens[split]:,} tokens"
+                for split, count in self.documents.items()
+            ]
         if self.rejects:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.items())
-            lines.append(f"rejected lines: {reasons}; listed in {self.folder / REJECTS}")
+            lines.append(f"rejected rows: {reasons}; listed in {self.folder / REJECTS}")
+        if self.filtered or self.duplicates:
+            lines.append(f"left out: {self.filtered:,} filtered, {self.duplicates:,} duplicates")
         rate = self.read_bytes / max(self.elapsed_s, 1e-3) / 1e6
-        lines.append(f"{format_bytes(self.read_bytes)} in {self.elapsed_s:.1f} s, {rate:.1f} MB/s")
+        kept = (
+            f"; {self.units_kept:,} of {self.units:,} units were there" if self.units_kept else ""
+        )
+        size = format_bytes(self.read_bytes)
+        lines.append(f"{size} in {self.elapsed_s:.1f} s, {rate:.1f} MB/s{kept}")
         return "\n".join(lines)
 
     def json(self) -> str:
@@ -87,207 +95,215 @@ class Summary:
 
 
 @dataclass(slots=True)
-class _Split:
-    """The shards of one side of the split, one open at a time."""
+class Run:
+    """One call of ``preprocess``: what it is to do and how far it is."""
 
-    folder: Path
-    shard_name: str
-    dtype: np.dtype[np.integer]
-    shard_tokens: int
-    writer: ShardWriter | None = None
-    finished: list[ShardRecord] = field(default_factory=list)
+    output: Path
+    files: Sequence[Path]
+    units: Sequence[Unit]
+    tokenizer: Tokenizer
+    options: Options
+    settings: RunSettings
+    preparation: Preparation
+    progress: ReadProgress
+    verdict: Verdict | None = None
+    units_kept: int = 0
+    damaged: list[str] = field(default_factory=list)
 
-    def add(self, documents: Sequence[list[int]]) -> None:
-        """Append documents, beginning a new shard after the one that passes ``shard_tokens``."""
-        for batch in self._by_room(documents):
-            if self.writer is None:
-                prefix = self.folder / f"{self.shard_name}_{len(self.finished):05d}"
-                self.writer = ShardWriter(prefix, self.dtype)
-            lengths = [len(document) for document in batch]
-            tokens = np.fromiter(chain.from_iterable(batch), np.int64, sum(lengths))
-            self.writer.add_documents(tokens, lengths)
-            if self.writer.num_tokens >= self.shard_tokens:
-                self.close()
+    @property
+    def staging(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
 
-    def _by_room(self, documents: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
-        """Documents in runs that each end where the open shard is full."""
-        first = 0
-        room = self.shard_tokens - (self.writer.num_tokens if self.writer else 0)
-        for number, document in enumerate(documents):
-            room -= len(document)
-            if room <= 0:
-                yield documents[first : number + 1]
-                first, room = number + 1, self.shard_tokens
-        if first < len(documents):
-            yield documents[first:]
+    @property
+    def unit_folder(self) -> Path:
+        return self.staging / "units"
 
-    def close(self) -> None:
-        if self.writer is not None:
-            self.finished.append(self.writer.finish())
-            self.writer = None
+    @property
+    def plan_key(self) -> str:
+        """What the shards are made of and how; where the files lie and when they changed is not
+        part of it, so that a copy of a corpus gives the same bytes."""
+        content = [
+            [(span.file, span.first, span.end, span.num_bytes) for span in unit.spans]
+            for unit in self.units
+        ]
+        parts = [content, self.options.record(), self.tokenizer.sha256]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def missing(self) -> list[int]:
+        """Numbers of the units that are not finished."""
+        return [
+            number
+            for number, unit in enumerate(self.units)
+            if not (self.unit_folder / unit.key / RECORD).is_file()
+        ]
 
 
 def preprocess(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     output: Path,
     *,
     tokenizer: str | Path,
     options: Options | None = None,
+    settings: RunSettings | None = None,
     overwrite: bool = False,
-    num_threads: int = 2,
     show_progress: bool = True,
 ) -> Summary:
     """Write the shards of one source to ``output``: all of them, or nothing.
 
-    The same inputs, tokenizer and options give the same bytes, for any number of threads. Raises
-    ``DataError`` for wrong input, a folder that is already there, and a full disk.
+    The same inputs, tokenizer and options give the same bytes, for any number of workers or tasks.
+    Raises ``DataError`` for wrong input, a folder that is already there and a full disk, and
+    ``WorkerDied``; what was finished is kept for the next run of the same command.
     """
-    options = options or Options()
+    options, settings = options or Options(), settings or RunSettings()
     files = find_files(inputs)
     loaded = load_tokenizer(tokenizer)
-    staging = output.with_name(output.name + ".partial")
+    units = plan_units(
+        files,
+        unit_bytes=settings.unit_bytes,
+        by_line=options.text_by_line,
+        options_key=f"{_UNIT_VERSION} {loaded.sha256} {options.key}",
+    )
+    total_bytes = sum(unit.num_bytes for unit in units)
+    progress = ReadProgress(f"preprocess {output.name}", total_bytes, show=show_progress)
+    preparation = Preparation(options, loaded)
+    run = Run(output, files, units, loaded, options, settings, preparation, progress)
+    if _is_done(run) and not overwrite:
+        discard(run)
+        return _summary(run, "already done")
     _check_free(output, overwrite=overwrite)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    total_bytes = sum(path.stat().st_size for path in files)
     try:
-        with ReadProgress(f"preprocess {output.name}", total_bytes, show=show_progress) as progress:
-            splits, rejects = _write(
-                files,
-                staging,
-                source=output.name,
-                tokenizer=loaded,
-                options=options,
-                num_threads=num_threads,
-                progress=progress,
-            )
-            _publish(staging, output)
+        run.unit_folder.mkdir(parents=True, exist_ok=True)
+        with _locked(run), progress:
+            return _carry_out(run)
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: may not be read or written here") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        shutil.rmtree(staging, ignore_errors=True)
         raise DataError(
-            f"{output}: the disk is full; nothing was published. Free some space (the shards take "
-            "about 0.6 bytes for each byte of text) and run the same command again"
+            f"{run.staging}: the disk is full; nothing was published, what was finished is kept. "
+            "Free some space (shards and their making take about 1.2 bytes for each byte of text) "
+            "and run the same command again"
         ) from error
-    except DataError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return Summary(
-        folder=output,
-        documents={
-            name: sum(r.num_documents for r in split.finished) for name, split in splits.items()
-        },
-        tokens={name: sum(r.num_tokens for r in split.finished) for name, split in splits.items()},
-        rejects=dict(rejects),
-        read_bytes=progress.read_bytes,
-        elapsed_s=progress.elapsed_s,
-    )
 
 
-def _write(
-    files: Sequence[Path],
-    staging: Path,
-    *,
-    source: str,
-    tokenizer: Tokenizer,
-    options: Options,
-    num_threads: int,
-    progress: ReadProgress,
-) -> tuple[dict[str, _Split], Counter[str]]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    # The source is part of the name, so that a shard is known by its name alone in a mixture.
-    splits = {
-        split: _Split(staging / split, f"{source}_{split}", dtype, options.shard_tokens)
-        for split in SPLITS
-    }
-    rejects: Counter[str] = Counter()
-    lines = chain.from_iterable(read_lines(path, text_field=options.text_field) for path in files)
-    with open(staging / REJECTS, "w", encoding="utf-8") as listing:
-        for batch in _batches(_without_rejects(lines, listing, rejects, progress)):
-            encoded = tokenizer.encode_batch([d.text for d in batch], num_threads=num_threads)
-            sides: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
-            for document, ids in zip(batch, encoded, strict=True):
-                ids.append(tokenizer.eod_id)
-                held_out = is_held_out(document.text, options.heldout_frac)
-                sides["heldout" if held_out else "train"].append(ids)
-            for name, documents in sides.items():
-                splits[name].add(documents)
-            progress.advance(
-                num_bytes=sum(d.num_bytes for d in batch), tokens=sum(map(len, encoded))
-            )
-    for split in splits.values():
-        split.close()
-    if not splits["train"].finished:
-        found = ", ".join(f"{count:,} {reason}" for reason, count in rejects.most_common())
-        names = ", ".join(map(str, files))
+def _carry_out(run: Run) -> Summary:
+    settings = run.settings
+    missing = run.missing()
+    if settings.finish and missing:
+        tasks = sorted({number % settings.num_tasks for number in missing})
+        names = ", ".join(map(str, tasks[:20]))
         raise DataError(
-            f"{names}: no document to train on (rejected: {found or 'nothing'}); "
-            f"each line must be a JSON object with text in {options.text_field!r}"
+            f"{run.staging}: {len(missing):,} of {len(run.units):,} units are not finished; run "
+            f"task {names} of --num-tasks {settings.num_tasks} again, or leave --finish out to do "
+            "the rest here"
         )
-    for name, split in splits.items():
-        if split.finished:
-            write_manifest(split.folder, _manifest(split, name, tokenizer, options, files, rejects))
-    return splits, rejects
+    if settings.task is not None:
+        missing = [number for number in missing if number % settings.num_tasks == settings.task]
+        mine = len(range(settings.task, len(run.units), settings.num_tasks))
+    else:
+        mine = len(run.units)
+    run.units_kept = mine - len(missing)
+    with Workers(settings.num_workers, num_counters=len(COUNTERS), preload=_PRELOAD) as workers:
+        _work(run, [run.units[number] for number in missing], workers)
+        if settings.task is not None:
+            return _summary(run, "task done")
+        records = [UnitRecord.read(run.unit_folder / unit.key) for unit in run.units]
+        _check_result(run, records)
+        folder = make_shards(run, records, workers)
+    publish(run, folder)
+    return _summary(run, "done")
 
 
-def is_held_out(text: str, heldout_frac: float) -> bool:
-    """Whether a document belongs to the held-out side: by the hash of its text alone."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"heldout").digest()
-    return int.from_bytes(digest, "little") < heldout_frac * 2.0**64
+def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
+    """Make the units that are missing. Raises what a unit raised; a damaged file only at the end,
+    when every other unit is finished."""
+    path, sha256 = str(run.tokenizer.path), run.tokenizer.sha256
+    workers.prepare(warm_up, (path, sha256))
+    run.verdict = check_engine(run)
+    run.progress.note(run.verdict.text())
+    job = Job(str(run.unit_folder), path, sha256, run.verdict.engine, run.options)
+    run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)
+
+    def tick() -> None:
+        num_bytes, tokens, documents, rejects = workers.counters
+        run.progress.show(num_bytes, tokens, rejects)
+        _check_rejects(run, rejects, documents + rejects)
+
+    for _, result in workers.run(work_on_unit, [(job, unit) for unit in units], on_tick=tick):
+        if isinstance(result, DamagedFile):
+            run.damaged.append(str(result))
+        elif isinstance(result, Exception):
+            raise result
+    if run.damaged:
+        more = len(run.damaged) - _LISTED
+        listed = "\n".join(run.damaged[:_LISTED]) + (f"\nand {more} more" if more > 0 else "")
+        raise DataError(f"{listed}\neverything else is finished and kept; nothing was published")
 
 
-def _without_rejects(
-    lines: Iterable[Document | Reject],
-    listing: TextIO,
-    rejects: Counter[str],
-    progress: ReadProgress,
-) -> Iterator[Document]:
-    """The documents; every other line is counted by reason and listed with its place."""
-    for item in lines:
-        if isinstance(item, Document):
-            yield item
-            continue
-        rejects[item.reason] += 1
-        place = {"file": str(item.file), "line": item.line, "byte_offset": item.byte_offset}
-        listing.write(json.dumps({**place, "reason": item.reason}, ensure_ascii=False) + "\n")
-        progress.advance(num_bytes=item.num_bytes, rejects=1)
+def _check_rejects(run: Run, rejects: int, rows: int, *, at_end: bool = False) -> None:
+    limit = run.settings.max_reject_frac
+    if rejects > limit * rows and (at_end or rows >= _MIN_ROWS_TO_JUDGE):
+        raise DataError(
+            f"{run.output}: {rejects:,} of {rows:,} rows rejected, more than --max-reject-frac "
+            f"{limit:g} allows; nothing was published. The rows are listed in "
+            f"{run.unit_folder}/*/{REJECTS}: mend the input, or allow more"
+        )
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text)
-        if num_chars >= _BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
+def _check_result(run: Run, records: Sequence[UnitRecord]) -> None:
+    """Refuse a result that nobody can want, and say what was wrong with the input."""
+    rejects = total_rejects(records)
+    documents = {split: _documents(records, split) for split in SPLITS}
+    if not documents["train"]:
+        found = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
+        filtered = sum(record.filtered for record in records)
+        names = ", ".join(map(str, run.files[:_LISTED]))
+        discard(run)
+        raise DataError(
+            f"{names}: no document to train on (rejected: {found or 'nothing'}; filtered: "
+            f"{filtered:,}); each document must hold text in {run.options.text_field!r}"
+        )
+    bad = sum(rejects.values())
+    _check_rejects(run, bad, bad + sum(documents.values()), at_end=True)
 
 
-def _manifest(
-    split: _Split,
-    name: str,
-    tokenizer: Tokenizer,
-    options: Options,
-    files: Sequence[Path],
-    rejects: Mapping[str, int],
-) -> Manifest:
-    return Manifest(
-        dtype=str(split.dtype),
-        tokenizer=TokenizerRecord(
-            tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id
-        ),
-        shards=tuple(split.finished),
-        options={
-            **asdict(options),
-            "split": name,
-            "inputs": [{"file": path.name, "bytes": path.stat().st_size} for path in files],
-            "rejected_lines": dict(sorted(rejects.items())),
-        },
+def _documents(records: Sequence[UnitRecord], split: str) -> int:
+    return sum(record.shards[split].num_documents for record in records)
+
+
+def _summary(run: Run, state: str) -> Summary:
+    manifests = {split: read_manifest(run.output / split) for split in SPLITS}
+    if state == "task done":
+        manifests = dict.fromkeys(SPLITS)
+    known: dict[str, Any] = dict(next((m.options for m in manifests.values() if m), {}))
+    found = {split: manifest for split, manifest in manifests.items() if manifest}
+    return Summary(
+        folder=run.output,
+        documents={s: found[s].num_documents if s in found else 0 for s in SPLITS},
+        tokens={s: found[s].num_tokens if s in found else 0 for s in SPLITS},
+        rejects=known.get("rejected_rows", {}),
+        filtered=known.get("filtered_documents", 0),
+        duplicates=known.get("duplicate_documents", 0),
+        read_bytes=run.progress.read_bytes,
+        elapsed_s=run.progress.elapsed_s,
+        engine=run.verdict.text() if run.verdict else "",
+        state=state,
+        units=len(run.units),
+        units_kept=run.units_kept,
     )
+
+
+def _is_done(run: Run) -> bool:
+    """Whether the output was made from just this, and no input was touched since."""
+    try:
+        manifest = read_manifest(run.output / "train")
+        made_at = (run.output / "train" / FILE_NAME).stat().st_mtime_ns
+    except (DataError, OSError):
+        return False
+    if manifest is None or manifest.options.get("plan") != run.plan_key:
+        return False
+    return all(file.stat().st_mtime_ns <= made_at for file in run.files)
 
 
 def _check_free(output: Path, *, overwrite: bool) -> None:
@@ -296,18 +312,28 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DataError(
-            f"{output}: already there; give another --output, or --overwrite to replace it"
+            f"{output}: already there, from other input or options; give another --output, or "
+            "--overwrite to replace it"
         )
     ours = any((output / name / FILE_NAME).is_file() for name in SPLITS)
     if not ours and any(output.iterdir()):
         raise DataError(f"{output}: holds other files than shards of ours; give another --output")
 
 
-def _publish(staging: Path, output: Path) -> None:
-    """Let the finished folder appear under its name; an old one goes only then."""
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(staging, output)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """Keep other runs out: array tasks share the folder, everything else has it alone."""
+    alone = run.settings.task is None
+    with open(run.staging / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{run.staging}: another run is at work in it; wait for it, or end it"
+            ) from None
+        except OSError:  # a file system without locks; two runs then only do some work twice
+            alone = False
+        if alone:
+            for left in run.unit_folder.glob("*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield

@@ -1,35 +1,53 @@
-"""Train a SentencePiece tokenizer in the manner of Llama's, from jsonl documents.
+"""Train a tokenizer on a seeded sample of a corpus: SentencePiece, or byte-level BPE.
 
-BPE with byte fallback and single digits; text goes through unchanged (no normalisation, every space
-and newline kept), so decoding gives the text back. The one exception is SentencePiece's own space
-mark, U+2581: typed in a text it comes back as a space. Ids 0 to 2 are ``<unk>``, ``<s>`` and
-``</s>``, which is the EOD; 3 to 258 are the bytes.
+SentencePiece is BPE in the manner of Llama's, with byte fallback and single digits; text goes
+through unchanged (no normalisation, every space and newline kept), so decoding gives the text back.
+The one exception is SentencePiece's own space mark, U+2581: typed in a text it comes back as a
+space. Ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``, which is the EOD; then the special tokens,
+then the 256 bytes.
+
+Byte-level BPE is a Hugging Face folder. ``<|endoftext|>``, id 0, is the EOD; then the special
+tokens, then the 256 bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
+import json
 import os
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_tools.corpus import Document, find_files, read_documents
+from data_tools.corpus import find_files, read_documents
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
 
+KINDS = ("sentencepiece", "bpe")
 DEFAULT_VOCAB_SIZE = 8_192
 DEFAULT_SAMPLE_BYTES = 6_000_000
 NUM_RESERVED = 259  # three control tokens and the 256 bytes
+EOD = "<|endoftext|>"
 _MAX_LINE_BYTES = 4_192  # SentencePiece skips longer "sentences" with no more than a warning
+_MAX_FILES = 64  # more are sampled themselves
+# Words, numbers of up to three digits, punctuation, runs of spaces; as OpenAI's cl100k_base.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     output: Path,
     *,
+    kind: str = "sentencepiece",
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     sample_bytes: int = DEFAULT_SAMPLE_BYTES,
+    special_tokens: Sequence[str] = (),
+    text_field: str = "text",
     seed: int = 1234,
 ) -> Tokenizer:
     """Train on a seeded sample, the same number of bytes of each file, and write ``output``.
@@ -37,71 +55,122 @@ def train_tokenizer(
     The same inputs, options and seed give the same file. Raises ``DataError`` when there is too
     little text for the vocabulary.
     """
-    import sentencepiece
-
-    if vocab_size <= NUM_RESERVED:
-        raise DataError(
-            f"vocab_size {vocab_size}: the control tokens and bytes take {NUM_RESERVED}"
-        )
+    if kind not in KINDS:
+        raise DataError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
+    reserved = NUM_RESERVED + len(special_tokens)
+    if vocab_size <= reserved:
+        raise DataError(f"vocab_size {vocab_size}: the control tokens and bytes take {reserved}")
     files = find_files(inputs)
+    if len(files) > _MAX_FILES:
+        files = sorted(random.Random(seed).sample(files, _MAX_FILES))
     samples = (
-        _sample(read_documents(path), sample_bytes // len(files), seed=seed) for path in files
+        _sample(read_documents(path, text_field=text_field), sample_bytes // len(files), seed=seed)
+        for path in files
     )
-    lines = _lines(document for sample in samples for document in sample)
-    model = io.BytesIO()
+    texts = (text for sample in samples for text in sample)
+    train = _train_pieces if kind == "sentencepiece" else _train_bpe
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            split_digits=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=_MAX_LINE_BYTES,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,  # more would be no faster, and the count is written into the model
-            minloglevel=2,
-        )
+        train(texts, output, vocab_size, special_tokens)
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"{', '.join(map(str, inputs))}: cannot train {vocab_size:,} pieces on this text: "
             f"{str(error).strip()}; give more text or a smaller --vocab-size"
         ) from error
+    return load_tokenizer(output)
+
+
+def _train_pieces(
+    texts: Iterable[str], output: Path, vocab_size: int, special_tokens: Sequence[str]
+) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_lines(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.9999,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=_MAX_LINE_BYTES,
+        control_symbols=list(special_tokens),
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,  # more would be no faster, and the count is written into the model
+        minloglevel=2,
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, output)
-    return load_tokenizer(output)
 
 
-def _sample(documents: Iterable[Document], num_bytes: int, *, seed: int) -> list[Document]:
-    """Documents in the order of a seeded hash of their text, until the size is reached."""
-    keyed = sorted(documents, key=lambda document: _rank(document.text, seed))
-    sample, total = [], 0
-    for document in keyed:
-        if total >= num_bytes:
-            break
-        sample.append(document)
-        total += len(document.text.encode())
-    return sample
+def _train_bpe(
+    texts: Iterable[str], output: Path, vocab_size: int, special_tokens: Sequence[str]
+) -> None:
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    made = Backend(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD, *special_tokens],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    if made.get_vocab_size() < vocab_size:
+        raise RuntimeError(f"it gives no more than {made.get_vocab_size():,}")
+    output.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOD,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    partial = output / "tokenizer.json.partial"
+    made.save(str(partial))
+    os.replace(partial, output / "tokenizer.json")
 
 
-def _rank(text: str, seed: int) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+def _sample(texts: Iterable[str], num_bytes: int, *, seed: int) -> list[str]:
+    """Texts in the order of a seeded hash, until the size is reached; holds no more than that."""
+    held: list[tuple[int, int, str]] = []  # the last in the order first
+    total = 0
+    for number, text in enumerate(texts):
+        rank = _rank(text, seed)
+        heapq.heappush(held, (-rank, -number, text))
+        total += len(text.encode())
+        while total - (size := len(held[0][2].encode())) >= num_bytes and len(held) > 1:
+            heapq.heappop(held)
+            total -= size
+    return [text for _, _, text in sorted(held, reverse=True)]
 
 
-def _lines(documents: Iterable[Document]) -> Iterator[str]:
+def _rank(text: str, seed: int) -> int:
+    key = seed.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines without their newline, which byte fallback spells; long lines are cut."""
     width = _MAX_LINE_BYTES // 4  # a character is at most four bytes
-    for document in documents:
-        for line in document.text.split("\n"):
+    for text in texts:
+        for line in text.split("\n"):
             for start in range(0, len(line), width):
                 yield line[start : start + width]

@@ -1,13 +1,144 @@
-"""Verbs that make data: preprocess, train-tokenizer."""
+"""Verbs that make shards of text and look at them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from megatron_curr.cli.app import AsJson, app, count
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files, folders, globs or @list files: jsonl, text (each also .gz, .zst), parquet, "
+        "arrow, webdataset tar."
+    ),
+]
+Shards = Annotated[
+    Path, typer.Argument(metavar="SHARDS", help="A shard folder, a glob, or one shard's prefix.")
+]
+TokenizerFile = Annotated[
+    str, typer.Option(help="A SentencePiece .model, a Hugging Face folder, or a .tiktoken.")
+]
+SourceFolder = Annotated[
+    Path, typer.Option(help="Folder of one source; gets train/, heldout/ and rejects.jsonl.")
+]
+HeldoutFrac = Annotated[
+    float, typer.Option(help="Share of the documents to hold out, by hash of the text.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace shards that are there already.")
+]
+ShardTokens = Annotated[
+    int, typer.Option(parser=count, metavar="TOKENS", help="Size of a shard, such as 500M.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
+_CORPUS, _CHANGE, _WORK = "Which documents", "What is done to them", "How the work is done"
+
+
+def _option(panel: str, *names: str, **settings: Any) -> Any:
+    """An option of ``preprocess``, in its part of the help page."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+TextField = Annotated[str, _option(_CORPUS, help="The field that holds the text.")]
+Metadata = Annotated[
+    list[str] | None,
+    _option(
+        _CORPUS,
+        metavar="NAME[:TYPE]",
+        help="Keep this field in the document table, as str, int, float or bool.",
+    ),
+]
+Filter = Annotated[
+    str | None,
+    _option(
+        _CORPUS,
+        "--filter",
+        metavar="EXPRESSION",
+        help="Keep what this holds for, such as 'quality > 0.5 and domain(url) != \"e.org\"'.",
+    ),
+]
+Deduplicate = Annotated[
+    bool, _option(_CORPUS, "--deduplicate", help="Keep the first of equal texts.")
+]
+MaxDocumentBytes = Annotated[
+    int, _option(_CORPUS, parser=count, metavar="BYTES", help="Reject longer texts.")
+]
+TextByLine = Annotated[
+    bool,
+    _option(_CORPUS, "--text-by-line", help="A text file is a document a line, not one document."),
+]
+MaxRejectFrac = Annotated[float, _option(_CORPUS, help="Stop when more rows than this are bad.")]
+SpecialTokens = Annotated[
+    str,
+    _option(
+        _CHANGE,
+        metavar="text|allow|error",
+        help="Special tokens typed in a text: plain text, tokens, or the end of the run.",
+    ),
+]
+Template = Annotated[
+    str | None,
+    _option(_CHANGE, help="Make the text from fields: 'Q: {question} A: {answer}'."),
+]
+Normalize = Annotated[
+    list[str] | None,
+    _option(
+        _CHANGE,
+        metavar="nfc|nfkc|newlines|strip",
+        help="Normalise the text; may be repeated.",
+    ),
+]
+MetadataPrefix = Annotated[
+    list[str] | None,
+    _option(
+        _CHANGE,
+        metavar="FIELD",
+        help="Set this field before the text, between <meta> and </meta>, without loss.",
+    ),
+]
+ControlTokens = Annotated[
+    str | None,
+    _option(
+        _CHANGE,
+        metavar="BUCKETS",
+        help="A token by score, such as 'quality: <|low|> 0.3 <|mid|> 0.7 <|high|>'.",
+    ),
+]
+NumWorkers = Annotated[int, _option(_WORK, min=1, help="Processes on this machine.")]
+EngineName = Annotated[
+    str,
+    _option(_WORK, metavar="auto|reference|NAME", help="auto takes the fastest that is exact."),
+]
+UnitBytes = Annotated[
+    int,
+    _option(
+        _WORK,
+        parser=count,
+        metavar="BYTES",
+        help="Input that one worker takes at a time, and a kill loses at most.",
+    ),
+]
+NumTasks = Annotated[int, _option(_WORK, min=1, help="Share the work among this many.")]
+TaskNumber = Annotated[
+    int | None, _option(_WORK, min=0, help="Do the share of this task only, counted from 0.")
+]
+Finish = Annotated[
+    bool, _option(_WORK, "--finish", help="Join what the tasks made, and do nothing else.")
+]
+SlurmArray = Annotated[
+    int | None,
+    _option(_WORK, min=1, metavar="N", help="Submit this as N Slurm tasks and a job that joins."),
+]
+ClusterProfile = Annotated[
+    Path | None, _option(_WORK, help="The cluster's profile, in YAML, for --slurm-array.")
+]
 
 
 @app.command(
@@ -15,54 +146,212 @@ from megatron_curr.cli.app import AsJson, app, count
     "--output data/shards/prose"
 )
 def preprocess(
-    inputs: Annotated[list[Path], typer.Argument(help="Jsonl files, or folders of them.")],
-    tokenizer: Annotated[str, typer.Option(help="A .model file or a Hugging Face folder.")],
-    output: Annotated[
-        Path, typer.Option(help="Folder of one source; gets train/, heldout/ and rejects.jsonl.")
-    ],
-    heldout_frac: Annotated[
-        float, typer.Option(help="Share of the documents to hold out, by hash of the text.")
-    ] = 0.02,
-    shard_tokens: Annotated[
-        int, typer.Option(parser=count, metavar="TOKENS", help="Size of a shard.")
-    ] = 1_000_000_000,
-    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
-    threads: Annotated[int, typer.Option(min=1, help="Threads that tokenize.")] = 2,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace shards that are there already.")
-    ] = False,
+    inputs: Inputs,
+    tokenizer: TokenizerFile,
+    output: SourceFolder,
+    heldout_frac: HeldoutFrac = 0.02,
+    shard_tokens: ShardTokens = 1_000_000_000,
+    overwrite: Overwrite = False,
+    text_field: TextField = "text",
+    metadata: Metadata = None,
+    filter_by: Filter = None,
+    deduplicate: Deduplicate = False,
+    max_document_bytes: MaxDocumentBytes = 32 << 20,
+    text_by_line: TextByLine = False,
+    max_reject_frac: MaxRejectFrac = 0.1,
+    special_tokens: SpecialTokens = "text",
+    template: Template = None,
+    normalize: Normalize = None,
+    metadata_prefix: MetadataPrefix = None,
+    control_tokens: ControlTokens = None,
+    workers: NumWorkers = 2,
+    engine: EngineName = "auto",
+    unit_bytes: UnitBytes = 64 << 20,
+    num_tasks: NumTasks = 1,
+    task: TaskNumber = None,
+    finish: Finish = False,
+    slurm_array: SlurmArray = None,
+    profile: ClusterProfile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize the documents of one source into indexed .bin/.idx shards, some of them held out."""
-    from data_tools.preprocess_text import Options
+    """Tokenize one source into indexed shards; killed, it goes on where it was when run again."""
+    options: dict[str, Any] = {
+        "text_field": text_field,
+        "heldout_frac": heldout_frac,
+        "shard_tokens": shard_tokens,
+        "metadata": tuple(metadata or ()),
+        "filter": filter_by,
+        "deduplicate": deduplicate,
+        "max_document_bytes": max_document_bytes,
+        "text_by_line": text_by_line,
+        "special_tokens": special_tokens,
+        "template": template,
+        "normalize": tuple(normalize or ()),
+        "metadata_prefix": tuple(metadata_prefix or ()),
+        "control_tokens": control_tokens,
+    }
+    settings: dict[str, Any] = {
+        "num_workers": workers,
+        "unit_bytes": unit_bytes,
+        "max_reject_frac": max_reject_frac,
+        "engine": engine,
+        "task": task,
+        "num_tasks": num_tasks,
+        "finish": finish,
+    }
+    what = {"inputs": inputs, "output": output, "tokenizer": tokenizer, "overwrite": overwrite}
+    if slurm_array is None:
+        _preprocess_here(options, settings, what, as_json=as_json)
+    else:
+        _submit(options, output, profile, num_tasks=slurm_array, cpus=workers)
+
+
+def _preprocess_here(
+    options: dict[str, Any], settings: dict[str, Any], what: dict[str, Any], *, as_json: bool
+) -> None:
+    from data_tools.preprocess_text import Options, RunSettings
     from data_tools.preprocess_text import preprocess as write_shards
 
-    summary = write_shards(
-        inputs,
-        output,
-        tokenizer=tokenizer,
-        options=Options(
-            text_field=text_field, heldout_frac=heldout_frac, shard_tokens=shard_tokens
-        ),
-        overwrite=overwrite,
-        num_threads=threads,
-        show_progress=not as_json,
-    )
+    with _told_death():
+        summary = write_shards(
+            **what,
+            options=Options(**options),
+            settings=RunSettings(**settings),
+            show_progress=not as_json,
+        )
     typer.echo(summary.json() if as_json else summary.text())
+
+
+@contextmanager
+def _told_death() -> Iterator[None]:
+    """Exit code 1 and one message where a worker died."""
+    from data_tools.workers import WorkerDied
+
+    try:
+        yield
+    except WorkerDied as death:
+        typer.echo(f"error: {death}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _submit(
+    options: dict[str, Any], output: Path, profile: Path | None, *, num_tasks: int, cpus: int
+) -> None:
+    from data_tools.preprocess_text import Options
+    from data_tools.slurm_array import submit_tasks, without_options
+
+    if profile is None:
+        raise typer.BadParameter("--slurm-array needs the cluster's --profile")
+    Options(**options)  # a mistake is told here, not by the jobs
+    command = without_options(sys.argv[1:], ("--slurm-array", "--profile"))
+    tasks, finish = submit_tasks(command, profile, output=output, num_tasks=num_tasks, cpus=cpus)
+    typer.echo(f"submitted {num_tasks} tasks as array {tasks}, and {finish}, which joins them")
 
 
 @app.command(
     epilog="Example: megatron-curr train-tokenizer data/prose.jsonl --output data/tokenizer.model"
 )
 def train_tokenizer(
-    inputs: Annotated[list[Path], typer.Argument(help="Jsonl files, or folders of them.")],
-    output: Annotated[Path, typer.Option(help="The .model file to write.")],
+    inputs: Inputs,
+    output: Annotated[
+        Path, typer.Option(help="The .model file to write; for bpe a folder in Hugging Face form.")
+    ],
+    kind: Annotated[
+        str, typer.Option(metavar="sentencepiece|bpe", help="bpe is byte-level.")
+    ] = "sentencepiece",
     vocab_size: Annotated[
         int, typer.Option(parser=count, metavar="PIECES", help="Such as 8192 or 32k.")
     ] = 8192,
+    sample_bytes: Annotated[
+        int, typer.Option(parser=count, metavar="BYTES", help="Text to train on.")
+    ] = 6_000_000,
+    special_token: Annotated[
+        list[str] | None, typer.Option(help="One more special token; may be repeated.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1234,
 ) -> None:
-    """Train a SentencePiece tokenizer with byte fallback."""
-    from data_tools.train_tokenizer import train_tokenizer as train_pieces
+    """Train a tokenizer on a seeded sample: SentencePiece with byte fallback, or byte-level BPE."""
+    from data_tools.train_tokenizer import train_tokenizer as train
 
-    train_pieces(inputs, output, vocab_size=vocab_size)
-    typer.echo(str(output))
+    made = train(
+        inputs,
+        output,
+        kind=kind,
+        vocab_size=vocab_size,
+        sample_bytes=sample_bytes,
+        special_tokens=special_token or (),
+        text_field=text_field,
+        seed=seed,
+    )
+    typer.echo(f"{output}: {made.vocab_size:,} ids, EOD {made.eod_id}")
+
+
+@app.command(epilog="Example: megatron-curr inspect data/shards/prose/train")
+def inspect(
+    shards: Shards,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="To decode with. Default: the one that the manifest names.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every checksum too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what shards hold: counts, lengths, metadata, decoded samples."""
+    from data_tools.inspect_shards import inspect_shards
+
+    found = inspect_shards(
+        shards, tokenizer=tokenizer, num_samples=samples, seed=seed, verify=verify
+    )
+    typer.echo(found.json() if as_json else found.text())
+    raise typer.Exit(1 if found.faults else 0)
+
+
+@app.command(epilog="Example: megatron-curr verify data/shards/prose/train")
+def verify(shards: Shards) -> None:
+    """Check the sizes, indexes and sha256 of shards against their manifest."""
+    from data_tools.inspect_shards import faults_of
+
+    faults = list(faults_of(shards))
+    for fault in faults:
+        typer.echo(fault)
+    if not faults:
+        typer.echo(f"{shards}: every file is as it was written")
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command(
+    epilog="Example: megatron-curr merge-shards data/shards/prose/train data/shards/code/train "
+    "--output data/shards/both"
+)
+def merge_shards(
+    inputs: Annotated[list[Path], typer.Argument(metavar="SHARDS...", help="Shard folders.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    shard_tokens: ShardTokens = 1_000_000_000,
+    workers: Workers = 1,
+) -> None:
+    """Join the shards of folders that share a tokenizer, document tables included."""
+    from data_tools.merge_shards import recut_shards
+
+    with _told_death():
+        made = recut_shards(inputs, output, shard_tokens=shard_tokens, num_workers=workers)
+    typer.echo(f"{output}: {len(made.shards):,} shards, {made.num_tokens:,} tokens")
+
+
+@app.command(
+    epilog="Example: megatron-curr split-shards data/shards/prose/train --shard-tokens 100M "
+    "--output data/shards/prose_small"
+)
+def split_shards(
+    shards: Shards,
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    shard_tokens: ShardTokens,
+    workers: Workers = 1,
+) -> None:
+    """Cut shards to another size; the documents and their order stay."""
+    from data_tools.merge_shards import recut_shards
+
+    with _told_death():
+        made = recut_shards([shards], output, shard_tokens=shard_tokens, num_workers=workers)
+    typer.echo(f"{output}: {len(made.shards):,} shards, {made.num_tokens:,} tokens")

@@ -22,7 +22,8 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """One finished shard. ``max_token_id`` is -1 for a shard without tokens."""
+    """One finished shard. ``max_token_id`` is -1 for a shard without tokens; ``table_bytes`` is 0
+    where no document table lies beside it."""
 
     name: str
     num_documents: int
@@ -33,6 +34,8 @@ class ShardRecord:
     idx_bytes: int
     bin_sha256: str
     idx_sha256: str
+    table_bytes: int = 0
+    table_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

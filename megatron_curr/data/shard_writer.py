@@ -76,7 +76,7 @@ class ShardWriter:
                 f"{bin_path(self.prefix)}: a document of {length_array.max():,} tokens; the format "
                 f"holds at most {_MAX_SEQUENCE_TOKENS:,}; split it"
             )
-        content = token_array.astype(self.dtype, copy=False).tobytes()
+        content = np.ascontiguousarray(token_array, self.dtype).data
         self._bin.write(content)
         self._sha256.update(content)
         self._lengths.append(length_array)

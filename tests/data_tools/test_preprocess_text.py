@@ -1,84 +1,69 @@
-"""Preprocessing: megatron-core's own bytes, a stable split, no line lost in silence."""
+"""Preprocessing: megatron-core's own bytes, a stable split, no row lost in silence."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from data_tools.preprocess_text import Options, is_held_out, preprocess
+from data_tools.documents import is_held_out
+from data_tools.preprocess_text import Options, RunSettings, preprocess
 from data_tools.train_tokenizer import train_tokenizer
 from megatron_curr.cli import main
 from megatron_curr.data import shard_writer
 from megatron_curr.data.manifest import read_manifest
 from megatron_curr.data.shards import open_shards
-from megatron_curr.data.tokenizer import Tokenizer
 from megatron_curr.errors import DataError
-
-TEXTS = [f"Document {number} counts to {number + 3}.\n" * (number % 7 + 1) for number in range(200)]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
-    return path
+from tests.data_tools.text_corpora import TEXTS, everything_in, run, small_tokenizer, write_jsonl
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    corpus = write_jsonl(folder / "a.jsonl", TEXTS)
-    return train_tokenizer([corpus], folder / "tokenizer.model", vocab_size=300)
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def run(inputs: list[Path], output: Path, tokenizer: Tokenizer, **options: object):
-    known = {"overwrite", "num_threads"} & options.keys()
-    settings = {key: options.pop(key) for key in known}
-    return preprocess(
-        inputs,
-        output,
-        tokenizer=tokenizer.path,
-        options=Options(**options),
-        show_progress=False,
-        **settings,
-    )
-
-
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def test_every_document_is_there_once_with_its_eod(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_every_document_is_there_once_with_its_eod_and_its_row(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "prose.jsonl", TEXTS)
-    summary = run([corpus], tmp_path / "prose", tokenizer, heldout_frac=0.2, shard_tokens=900)
+    summary = run(
+        [corpus], tmp_path / "prose", heldout_frac=0.2, shard_tokens=900, metadata=("id:int",)
+    )
+    tokenizer = small_tokenizer()
     found = []
     for split in ("train", "heldout"):
         shards = open_shards(tmp_path / "prose" / split)
         assert shards.num_tokens == summary.tokens[split]
         assert shards.num_documents == summary.documents[split]
         for shard in shards.shards:
-            for document in range(shard.num_documents):
-                ids = shards.read(*shards.document_range(shard.name, document)).tolist()
+            table = shard.prefix.with_name(shard.name + ".documents.parquet")
+            rows = pq.read_table(table).to_pylist()
+            assert [row["document"] for row in rows] == list(range(shard.num_documents))
+            for row in rows:
+                first, length = row["first_token"], row["num_tokens"]
+                ids = shard.tokens[first : first + length].tolist()
                 assert ids[-1] == tokenizer.eod_id and tokenizer.eod_id not in ids[:-1]
-                found.append(tokenizer.decode(ids))
-                assert is_held_out(found[-1], 0.2) == (split == "heldout")
-    assert sorted(found) == sorted(TEXTS)
+                text = tokenizer.decode(ids)
+                assert text == TEXTS[row["id"]] and row["line"] == row["id"] + 1
+                assert row["content_hash"] == digest(text)
+                assert is_held_out(digest(text), 0.2) == (split == "heldout")
+                assert (row["shard"], row["file"]) == (shard.name, str(corpus))
+                found.append(row["id"])
+    assert sorted(found) == list(range(len(TEXTS)))
     assert 10 < summary.documents["heldout"] < 80
     sizes = [shard.num_tokens for shard in open_shards(tmp_path / "prose" / "train").shards]
-    assert len(sizes) > 3 and all(900 <= size < 1100 for size in sizes[:-1])
+    assert len(sizes) > 3 and all(900 <= size < 1200 for size in sizes[:-1])
 
 
-def test_the_bytes_are_those_of_megatrons_builder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_the_bytes_are_those_of_megatrons_builder(tmp_path: Path, kind: str) -> None:
     torch = pytest.importorskip("torch")
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    run([corpus], tmp_path / "a", tokenizer, heldout_frac=0)
+    run([corpus], tmp_path / "a", kind=kind, engine="auto", heldout_frac=0)
+    tokenizer = small_tokenizer(kind)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
     for text in TEXTS:
@@ -91,38 +76,31 @@ def test_the_bytes_are_those_of_megatrons_builder(tmp_path: Path, tokenizer: Tok
     assert not (tmp_path / "a" / "heldout").exists()
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    outputs = [tmp_path / run_name / "a" for run_name in ("one", "two")]
-    for threads, output in enumerate(outputs, start=1):
-        run([corpus], output, tokenizer, shard_tokens=1500, num_threads=threads)
-    assert everything_in(outputs[0]) == everything_in(outputs[1])
-
-
-def test_the_split_stays_when_the_corpus_grows(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    held_out = [is_held_out(text, 0.1) for text in TEXTS]
+def test_the_split_stays_when_the_corpus_grows() -> None:
+    held_out = [is_held_out(digest(text), 0.1) for text in TEXTS]
     assert 5 < sum(held_out) < 50
-    assert [is_held_out(text, 0.3) for text in TEXTS].count(True) > sum(held_out)
-    assert all(is_held_out(text, 0.3) for text in TEXTS if is_held_out(text, 0.1))
+    assert [is_held_out(digest(text), 0.3) for text in TEXTS].count(True) > sum(held_out)
+    assert all(is_held_out(digest(t), 0.3) for t in TEXTS if is_held_out(digest(t), 0.1))
 
 
-def test_bad_lines_are_counted_and_listed_and_the_next_is_read(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_bad_rows_are_counted_and_listed_and_the_next_is_read(tmp_path: Path) -> None:
     lines = [
         b'{"text": "first"}',
         b"",
         b'{"text": ""}',
         b'{"body": "x"}',
         b'{"text": 3}',
+        b'{"text": null}',
         b"[1]",
         b'{"text": "\xff\xfe"}',
         b'{"text": "cut',
+        b'{"text": "' + b"long" * 20 + b'"}',
         b'{"text": "last </s> of all"}',
     ]
     corpus = tmp_path / "a.jsonl"
     corpus.write_bytes(b"\n".join(lines))
-    summary = run([corpus], tmp_path / "a", tokenizer, heldout_frac=0)
+    how = {"heldout_frac": 0, "max_reject_frac": 1.0, "max_document_bytes": 60}
+    summary = run([corpus], tmp_path / "a", **how)
     assert summary.documents["train"] == 2
     listed = [json.loads(line) for line in (tmp_path / "a" / "rejects.jsonl").open()]
     assert [(row["line"], row["reason"]) for row in listed] == [
@@ -130,84 +108,138 @@ def test_bad_lines_are_counted_and_listed_and_the_next_is_read(
         (3, "empty text"),
         (4, "no field 'text'"),
         (5, "field 'text' is not text"),
-        (6, "not a JSON object"),
-        (7, "invalid UTF-8"),
-        (8, "invalid JSON"),
+        (6, "field 'text' is null"),
+        (7, "not a JSON object"),
+        (8, "invalid UTF-8"),
+        (9, "invalid JSON"),
+        (10, "longer than 60 bytes"),
     ]
     content = corpus.read_bytes()
     for row in listed:
         assert content[row["byte_offset"] :].startswith(lines[row["line"] - 1])
-    assert sum(summary.rejects.values()) == 7
-    assert "rejected lines: " in summary.text()
+    assert sum(summary.rejects.values()) == 9
+    assert "rejected rows: " in summary.text()
     manifest = read_manifest(tmp_path / "a" / "train")
     assert manifest is not None and manifest.tokenizer is not None
-    assert manifest.tokenizer.sha256 == tokenizer.sha256
-    assert manifest.options["rejected_lines"] == summary.rejects
+    assert manifest.tokenizer.sha256 == small_tokenizer().sha256
+    assert manifest.options["rejected_rows"] == summary.rejects
     shards = open_shards(tmp_path / "a" / "train")
-    assert tokenizer.decode(shards.read(0, shards.num_tokens).tolist()) == "firstlast </s> of all"
+    text = small_tokenizer().decode(shards.read(0, shards.num_tokens).tolist())
+    assert text == "firstlast </s> of all"
+
+    # In parts shorter than a line the same is found, and listed by its line in the whole file.
+    cut = run([corpus], tmp_path / "cut" / "a", unit_bytes=12, **how)
+    assert cut.rejects == summary.rejects
+    assert (tmp_path / "cut/a/rejects.jsonl").read_bytes() == (
+        tmp_path / "a/rejects.jsonl"
+    ).read_bytes()
+    with pytest.raises(DataError, match="9 of 11 rows rejected, more than --max-reject-frac"):
+        run([corpus], tmp_path / "b", **{**how, "max_reject_frac": 0.5})
+    assert not (tmp_path / "b").exists()
 
 
-def test_wrong_input_writes_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_wrong_input_writes_nothing(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3])
     (tmp_path / "bad.jsonl").write_text("no json\n")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "a.docx").write_text("x")
     for inputs, message in (
-        ([tmp_path / "bad.jsonl"], r"no document to train on \(rejected: 1 invalid JSON\)"),
+        ([tmp_path / "bad.jsonl"], r"no document to train on \(rejected: 1 invalid JSON"),
         ([tmp_path / "none.jsonl"], "no such file or folder"),
         ([tmp_path / "folder"], "no .jsonl"),
+        ([tmp_path / "*.parquet"], "no file matches"),
+        ([tmp_path / "a.docx"], "unknown kind of file"),
+        ([corpus, corpus], "named twice"),
+        ([Path(f"@{tmp_path}/none.txt")], "cannot be read as a list"),
     ):
         with pytest.raises(DataError, match=message):
-            run(inputs, tmp_path / "out", tokenizer)
-    for wrong in ({"heldout_frac": 1.0}, {"heldout_frac": -0.1}, {"shard_tokens": 0}):
-        with pytest.raises(DataError, match="must be"):
-            run([corpus], tmp_path / "out", tokenizer, **wrong)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+            run(inputs, tmp_path / "out")
+    for wrong, message in (
+        ({"heldout_frac": 1.0}, "must be"),
+        ({"heldout_frac": -0.1}, "must be"),
+        ({"shard_tokens": 0}, "must be"),
+        ({"special_tokens": "maybe"}, "must be text, allow, error"),
+        ({"normalize": ("nfd",)}, "known are nfc"),
+        ({"metadata": ("a:date",)}, "NAME:TYPE"),
+        ({"metadata": ("a", "a:int")}, "named twice"),
+        ({"filter": "open('x')"}, "no known function"),
+        ({"filter": "a."}, "write it as Python"),
+        ({"filter": "a.b"}, "Attribute is not allowed"),
+        ({"template": "{a.b}"}, "by plain name"),
+        ({"control_tokens": "quality: <a> 3 <b> 2 <c>"}, "rising bounds"),
+        ({"control_tokens": "quality: <a> 3 <b>"}, "has no special token '<a>'"),
+        ({"engine": "magic"}, "known are auto"),
+        ({"task": 2, "num_tasks": 2}, "tasks go from 0 to 1"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run([corpus], tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
 
 
-def test_shards_are_replaced_only_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_shards_are_replaced_only_when_asked(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
-    run([corpus], tmp_path / "a", tokenizer)
+    assert run([corpus], tmp_path / "a").state == "done"
     before = everything_in(tmp_path / "a")
-    with pytest.raises(DataError, match="already there"):
-        run([corpus], tmp_path / "a", tokenizer)
+    assert run([corpus], tmp_path / "a").state == "already done"
+    with pytest.raises(DataError, match="already there, from other input or options"):
+        run([corpus], tmp_path / "a", heldout_frac=0.3)
     (tmp_path / "bad.jsonl").write_text("no json\n")
     with pytest.raises(DataError, match="no document"):
-        run([tmp_path / "bad.jsonl"], tmp_path / "a", tokenizer, overwrite=True)
+        run([tmp_path / "bad.jsonl"], tmp_path / "a", overwrite=True)
     assert everything_in(tmp_path / "a") == before
-    run([write_jsonl(corpus, TEXTS)], tmp_path / "a", tokenizer, overwrite=True)
+    run([write_jsonl(corpus, TEXTS)], tmp_path / "a", overwrite=True)
     assert open_shards(tmp_path / "a" / "train").num_documents > 100
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="other files"):
-        run([corpus], tmp_path / "home", tokenizer, overwrite=True)
+        run([corpus], tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").exists()
 
 
-def test_a_full_disk_leaves_what_was_there(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_another_tokenizer_under_the_same_path_is_not_taken_for_the_first(tmp_path: Path) -> None:
+    corpus, model = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20]), tmp_path / "t.model"
+    settings = RunSettings(engine="reference")
+    for vocab_size in (300, 290):
+        made = train_tokenizer([corpus], model, vocab_size=vocab_size)
+        preprocess(
+            [corpus], tmp_path / f"{vocab_size}", tokenizer=model,
+            options=Options(heldout_frac=0), settings=settings, show_progress=False,
+        )  # fmt: skip
+        shards = open_shards(tmp_path / f"{vocab_size}" / "train")
+        assert made.decode(shards.read(0, shards.num_tokens).tolist()) == "".join(TEXTS[:20])
+
+
+def test_a_full_disk_leaves_what_was_there_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
-    run([corpus], tmp_path / "a", tokenizer)
-    before = everything_in(tmp_path)
+    run([corpus], tmp_path / "a")
+    before = everything_in(tmp_path / "a")
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer, "_sync", full)
-    with pytest.raises(DataError, match="the disk is full; nothing was published"):
-        run([corpus], tmp_path / "a", tokenizer, overwrite=True)
-    assert everything_in(tmp_path) == before
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_writer, "_sync", full)
+        with pytest.raises(DataError, match="the disk is full; nothing was published"):
+            run([corpus], tmp_path / "a", overwrite=True)
+    assert everything_in(tmp_path / "a") == before
+    assert not list((tmp_path / "a.partial" / "units").iterdir())
+    run([corpus], tmp_path / "a", overwrite=True)
+    assert everything_in(tmp_path / "a") == before
+    assert not (tmp_path / "a.partial").exists()
 
 
-def test_the_verb_prints_what_it_wrote(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_prints_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    command = ["preprocess", str(corpus), "--tokenizer", str(tokenizer.path)]
-    command += ["--output", str(tmp_path / "a"), "--json"]
+    command = ["preprocess", str(corpus), "--tokenizer", str(small_tokenizer().path)]
+    command += ["--workers", "1", "--output", str(tmp_path / "a"), "--json"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["documents"]["train"] > 150
-    assert main(command) == 2
+    assert main(command[:-1]) == 0
+    assert "already done" in capsys.readouterr().out
+    assert main([*command, "--heldout-frac", "0.3"]) == 2
     assert "already there" in capsys.readouterr().err
     assert main([*command[:-1], "--overwrite"]) == 0
-    assert "documents" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "documents" in told.out and "equal to sentencepiece on" in told.err

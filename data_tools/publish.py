@@ -1,0 +1,188 @@
+"""The last step of preprocessing: shards from finished units, manifests, and the final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from data_tools.dedup import mark_duplicates
+from data_tools.document_table import table_path, table_schema
+from data_tools.shard_cutter import Part, ShardPlan, build_shard, cut
+from data_tools.unit_work import REJECTS, SPLITS, UnitRecord, total_rejects
+from data_tools.workers import Workers
+from megatron_curr.data.idx_format import token_dtype
+from megatron_curr.data.manifest import Manifest, ShardRecord, TokenizerRecord, write_manifest
+from megatron_curr.durable import sync_folder, write_durably
+
+if TYPE_CHECKING:
+    from data_tools.preprocess_text import Run
+
+
+def make_shards(run: Run, records: Sequence[UnitRecord], workers: Workers) -> Path:
+    """Everything of the output, in a folder of the staging area; that folder.
+
+    Shards that a run before this one finished are not made again.
+    """
+    folder = run.staging / f"final_{_key(run)}"
+    for other in run.staging.glob("final_*"):
+        if other.name not in (folder.name, f"{folder.name}_records"):
+            shutil.rmtree(other)
+    bases = _line_bases(run, records)
+    made: dict[str, list[ShardRecord]] = {}
+    duplicates = 0
+    for split in SPLITS:
+        parts, repeated = _parts(run, records, bases, split)
+        duplicates += repeated
+        made[split] = _build(run, folder, split, parts, workers)
+    rejects = _write_rejects(run, records, bases, folder)
+    facts = {
+        "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in run.files],
+        "rejected_rows": rejects,
+        "filtered_documents": sum(record.filtered for record in records),
+        "duplicate_documents": duplicates,
+        "engine": run.verdict.record() if run.verdict else None,
+        "plan": run.plan_key,
+    }
+    for split, shards in made.items():
+        if shards:
+            write_manifest(folder / split, _manifest(run, split, shards, facts))
+    return folder
+
+
+def _key(run: Run) -> str:
+    """Everything the final shards depend on, input files' times included."""
+    content = [[unit.key for unit in run.units], run.options.record()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _line_bases(run: Run, records: Sequence[UnitRecord]) -> list[int]:
+    """For each unit, how many rows of its file stand before it in other units.
+
+    A file that is cut has its units to itself, so one number a unit is enough.
+    """
+    bases = []
+    rows_of: dict[str, int] = {}
+    for unit, record in zip(run.units, records, strict=True):
+        last = unit.spans[-1].file
+        bases.append(rows_of.get(unit.spans[0].file, 0))
+        rows_of[last] = rows_of.get(last, 0) + record.rows
+    return bases
+
+
+def _parts(
+    run: Run, records: Sequence[UnitRecord], bases: Sequence[int], split: str
+) -> tuple[list[Part], int]:
+    """The documents of one side in order, and how many repetitions are left out of them."""
+    counts = [record.shards[split].num_documents for record in records]
+    prefixes = [run.unit_folder / unit.key / split for unit in run.units]
+    keep, duplicates = None, 0
+    if run.options.deduplicate:
+        keep = run.staging / f"keep_{split}"
+        duplicates = mark_duplicates(
+            [table_path(prefix) for prefix in prefixes],
+            sum(counts),
+            keep,
+            folder=run.staging / "hashes",
+        )
+    starts = accumulate(counts, initial=0)
+    parts = [
+        Part(prefix, 0, count, base, keep, start)
+        for prefix, count, base, start in zip(prefixes, counts, bases, starts, strict=False)
+        if count
+    ]
+    return parts, duplicates
+
+
+def _build(
+    run: Run, folder: Path, split: str, parts: Sequence[Part], workers: Workers
+) -> list[ShardRecord]:
+    # The source is part of the name, so that a shard is known by its name alone in a mixture.
+    dtype, schema = token_dtype(run.tokenizer.vocab_size), table_schema(run.options.columns)
+    plans = [
+        ShardPlan(
+            folder / split / f"{run.output.name}_{split}_{number:05d}", str(dtype), shard, schema
+        )
+        for number, shard in enumerate(cut(parts, shard_tokens=run.options.shard_tokens))
+    ]
+    notes = folder.with_name(f"{folder.name}_records")
+    notes.mkdir(exist_ok=True)
+    paths = [notes / f"{plan.prefix.name}.json" for plan in plans]
+    todo = [number for number, path in enumerate(paths) if not path.is_file()]
+    for done, result in workers.run(build_shard, [plans[number] for number in todo]):
+        if isinstance(result, Exception):
+            raise result
+        write_durably(paths[todo[done]], json.dumps(asdict(result)))
+        run.progress.note(f"{result.name}: {result.num_tokens:,} tokens", every_s=10)
+    return [ShardRecord(**json.loads(path.read_bytes())) for path in paths]
+
+
+def _write_rejects(
+    run: Run, records: Sequence[UnitRecord], bases: Sequence[int], folder: Path
+) -> dict[str, int]:
+    """List the rejected rows of all units by their line in the whole file; their counts."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / REJECTS, "wb") as listing:
+        for unit, base in zip(run.units, bases, strict=True):
+            for place in _lines(run.unit_folder / unit.key / REJECTS):
+                place["line"] += base
+                listing.write(orjson.dumps(place) + b"\n")
+        listing.flush()
+        os.fsync(listing.fileno())
+    return total_rejects(records)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as stream:
+        yield from map(orjson.loads, stream)
+
+
+def _manifest(
+    run: Run, split: str, shards: Sequence[ShardRecord], facts: dict[str, Any]
+) -> Manifest:
+    tokenizer = run.tokenizer
+    return Manifest(
+        dtype=str(token_dtype(tokenizer.vocab_size)),
+        tokenizer=TokenizerRecord(
+            tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id
+        ),
+        shards=tuple(shards),
+        options={
+            **run.options.record(),
+            **run.preparation.record(),
+            **facts,
+            "tokenizer": str(tokenizer.path),
+            "split": split,
+        },
+    )
+
+
+def publish(run: Run, folder: Path) -> None:
+    """Let the finished folder appear under its name; an old one goes only then."""
+    output = run.output
+    sync_folder(folder)
+    old = output.with_name(output.name + ".old")
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output, old)
+    os.rename(folder, output)
+    sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    discard(run)
+
+
+def discard(run: Run) -> None:
+    """Remove the staging area. It loses its name first: half of one must not be taken up again."""
+    trash = run.output.with_name(run.output.name + ".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    if run.staging.exists():
+        os.rename(run.staging, trash)
+        shutil.rmtree(trash, ignore_errors=True)

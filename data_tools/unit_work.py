@@ -1,0 +1,280 @@
+"""What one worker does with one unit: read, prepare, tokenise, write, and say so last.
+
+A unit leaves a folder with a shard and a document table for each side of the split, the rejected
+rows and ``unit.json``. The folder appears under its name when everything in it is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from data_tools.corpus import Unit
+from data_tools.document_table import TableWriter, table_path, table_schema
+from data_tools.documents import FILTERED, Document, Preparation
+from data_tools.engines import Engine, SpecialTokenFound, load_engine
+from data_tools.formats import open_rows
+from data_tools.options import Options
+from data_tools.workers import add_counts
+from megatron_curr.data.idx_format import token_dtype
+from megatron_curr.data.manifest import ShardRecord
+from megatron_curr.data.shard_writer import ShardWriter
+from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_curr.durable import sync_folder
+from megatron_curr.errors import DataError
+
+SPLITS = ("train", "heldout")
+RECORD = "unit.json"
+REJECTS = "rejects.jsonl"
+# Text tokenised at once: enough to keep an engine busy, little enough to stay in the cache.
+_BATCH_CHARS = 2_000_000
+COUNTERS = ("bytes", "tokens", "documents", "rejects")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all units of a run."""
+
+    folder: str
+    tokenizer: str
+    tokenizer_sha256: str  # the file may have changed since another run in this process
+    engine: str
+    options: Options
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """What one finished unit holds. ``rows`` is the rows read of its last file, bad ones too."""
+
+    rows: int
+    read_bytes: int
+    rejects: dict[str, int]
+    filtered: int
+    shards: dict[str, ShardRecord]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> UnitRecord:
+        content = json.loads((folder / RECORD).read_bytes())
+        shards = {split: ShardRecord(**shard) for split, shard in content.pop("shards").items()}
+        return cls(**content, shards=shards)
+
+
+def total_rejects(records: Sequence[UnitRecord]) -> dict[str, int]:
+    """Rejected rows by reason, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.rejects)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass(slots=True)
+class _Place:
+    """A document and where it came from."""
+
+    document: Document
+    file: str
+    line: int
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Turns the rows of a unit into documents, and keeps count of the rest."""
+
+    unit: Unit
+    options: Options
+    preparation: Preparation
+    rejects: Counter[str] = field(default_factory=Counter)
+    filtered: int = 0
+    rows: int = 0
+    read_bytes: int = 0
+    listing: Any = None
+
+    def places(self) -> Iterator[_Place]:
+        fields = self.options.needed_fields
+        for span in self.unit.spans:
+            self.rows = 0
+            limit = self.options.max_document_bytes + (1 << 20)  # a row also holds its metadata
+            for row in open_rows(span, fields=fields, max_bytes=limit):
+                self.rows = row.line
+                self.read_bytes += row.num_bytes
+                found = row.content
+                if isinstance(found, dict):
+                    made = self.preparation.document(found)
+                    if isinstance(made, Document):
+                        yield _Place(made, span.file, row.line)
+                        continue
+                    found = made
+                if found == FILTERED:
+                    self.filtered += 1
+                    continue
+                self.rejects[found] += 1
+                place = {"file": span.file, "line": row.line, "byte_offset": row.byte_offset}
+                self.listing.write(orjson.dumps({**place, "reason": found}) + b"\n")
+
+    def batches(self) -> Iterator[list[_Place]]:
+        batch: list[_Place] = []
+        num_chars = 0
+        for place in self.places():
+            batch.append(place)
+            num_chars += len(place.document.text)
+            if num_chars >= _BATCH_CHARS:
+                yield batch
+                batch, num_chars = [], 0
+        yield batch
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: str, sha256: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{path}: changed during the run; run the same command again")
+    return tokenizer
+
+
+def warm_up(task: tuple[str, str], counters: Any) -> None:
+    """What a worker can do while the engine is still being chosen."""
+    _tokenizer(*task)
+
+
+@lru_cache(maxsize=2)
+def _tools(job: Job) -> tuple[Tokenizer, Engine, Preparation]:
+    """What a worker loads once."""
+    tokenizer = _tokenizer(job.tokenizer, job.tokenizer_sha256)
+    engine = load_engine(tokenizer, job.engine, special_tokens=job.options.special_tokens)
+    return tokenizer, engine, Preparation(job.options, tokenizer)
+
+
+def work_on_unit(task: tuple[Job, Unit], counters: Any) -> UnitRecord:
+    """Make one unit, unless it is there. Raises ``DataError`` and ``OSError``; leaves no half."""
+    job, unit = task
+    final = Path(job.folder) / unit.key
+    partial = final.with_name(f"{unit.key}.{os.uname().nodename}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        record = _write_unit(job, unit, partial, counters)
+        record.write(partial / RECORD)
+        for path in partial.iterdir():
+            sync_folder(path)
+        sync_folder(partial)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            if not (final / RECORD).is_file():  # else another task made the same unit meanwhile
+                raise
+        sync_folder(final.parent)
+        return record
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_unit(job: Job, unit: Unit, folder: Path, counters: Any) -> UnitRecord:
+    tokenizer, engine, preparation = _tools(job)
+    dtype = token_dtype(tokenizer.vocab_size)
+    reader = _Reader(unit, job.options, preparation)
+    told_bytes = told_rejects = 0
+    with ExitStack() as stack:
+        reader.listing = stack.enter_context(open(folder / REJECTS, "wb"))
+        sides = {split: _Side(folder / split, dtype, job.options, stack) for split in SPLITS}
+        for batch in reader.batches():
+            tokens = 0
+            for split, side in sides.items():
+                places = [p for p in batch if p.document.held_out == (split == "heldout")]
+                if places:
+                    tokens += side.add(places, engine, tokenizer.eod_id, preparation.meta_ids)
+            rejects = sum(reader.rejects.values())
+            add_counts(
+                counters,
+                (reader.read_bytes - told_bytes, tokens, len(batch), rejects - told_rejects),
+            )
+            told_bytes, told_rejects = reader.read_bytes, rejects
+        shards = {split: side.finish() for split, side in sides.items()}
+    add_counts(counters, (unit.num_bytes - told_bytes, 0, 0, 0))
+    return UnitRecord(reader.rows, unit.num_bytes, dict(reader.rejects), reader.filtered, shards)
+
+
+class _Side:
+    """The shard and the document table of one side of the split."""
+
+    def __init__(
+        self, prefix: Path, dtype: np.dtype[np.integer], options: Options, stack: ExitStack
+    ) -> None:
+        self._prefix = prefix
+        self._schema = table_schema(options.columns)
+        self._metadata = self._schema.names[-len(options.columns) :] if options.columns else []
+        self._shard = stack.enter_context(ShardWriter(prefix, dtype))
+        self._table = stack.enter_context(TableWriter(table_path(prefix), self._schema))
+
+    def add(self, places: list[_Place], engine: Engine, eod_id: int, meta_ids: list[int]) -> int:
+        """Tokenise documents and append them; how many tokens that made."""
+        documents = [place.document for place in places]
+        led = any(document.lead or document.prefix for document in documents)
+        try:
+            ids, lengths = engine.encode([document.text for document in documents])
+            leads = _leads(documents, engine, meta_ids) if led else []
+        except SpecialTokenFound as found:
+            place = places[found.number]
+            raise DataError(
+                f"{place.file}: row {place.line:,} of its part holds the special token "
+                f"{found.token!r}; --special-tokens error refuses that, text makes it plain text"
+            ) from None
+        ids = np.insert(ids, np.cumsum(lengths), eod_id)
+        lengths = lengths + 1
+        masked = np.zeros(len(lengths), np.int64)
+        if led:
+            masked = np.fromiter(map(len, leads), np.int64, len(leads))
+            at = np.repeat(np.cumsum(lengths) - lengths, masked)
+            ids = np.insert(ids, at, np.concatenate(leads))
+            lengths = lengths + masked
+        first = self._shard.num_documents
+        starts = self._shard.num_tokens + np.cumsum(lengths) - lengths
+        self._shard.add_documents(ids, lengths)
+        columns: dict[str, Any] = {
+            "shard": [self._prefix.name] * len(places),
+            "document": np.arange(first, first + len(places)),
+            "first_token": starts,
+            "num_tokens": lengths,
+            "masked_tokens": masked,
+            "file": [place.file for place in places],
+            "line": [place.line for place in places],
+            "content_hash": [document.digest for document in documents],
+        }
+        values = zip(*(document.values for document in documents), strict=True)
+        self._table.add_columns({**columns, **dict(zip(self._metadata, values, strict=False))})
+        return len(ids)
+
+    def finish(self) -> ShardRecord:
+        table_bytes, table_sha256 = self._table.finish()
+        record = self._shard.finish()
+        return replace(record, table_bytes=table_bytes, table_sha256=table_sha256)
+
+
+def _leads(
+    documents: list[Document], engine: Engine, meta_ids: list[int]
+) -> list[NDArray[np.integer[Any]]]:
+    """What goes before each document and carries no loss: control tokens, then its metadata
+    between ``<meta>`` and ``</meta>``."""
+    ids, lengths = engine.encode([document.prefix or "" for document in documents])
+    prefixes = np.split(ids, np.cumsum(lengths)[:-1])
+    leads = []
+    for document, prefix in zip(documents, prefixes, strict=True):
+        parts = [np.array(document.lead, np.int64)]
+        if document.prefix is not None:
+            parts += [np.array(meta_ids[:1]), prefix, np.array(meta_ids[1:])]
+        leads.append(np.concatenate(parts).astype(np.uint32))
+    return leads
