@@ -35,6 +35,7 @@ from megatron_curr.data.loader import Batch, Loader
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.recipe.shipped import shipped_recipe
 from megatron_curr.training.build import build_model, build_run
+from megatron_curr.training.life import begin_life
 from megatron_curr.training.loop import train
 from megatron_curr.training.preflight import Prepared, prepare
 from megatron_curr.training.run import Run
@@ -153,9 +154,10 @@ def measure(root: Path) -> BareLoop:
     """Run both loops to the end of the recipe."""
     build_demo_data(root)
     prepared = prepare(load_recipe(shipped_recipe("demo_text.yaml"), overrides(root)), 1)
-    prepared.folder.write_records(prepared.recipe, prepared.ledger)
+    life = begin_life(prepared.folder)
+    prepared.folder.write_records(prepared.recipe, prepared.ledger, life.pen)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with build_run(prepared, signals=StopSignals()) as run:
+    with build_run(prepared, life=life, signals=StopSignals()) as run:
         bare = BareLoop(prepared, run)
         run.hooks = (*run.hooks, bare)
         train(run)

@@ -56,6 +56,7 @@ class Demo:
     folder: Path
     console: Console = field(default_factory=lambda: Console(highlight=False))
     step: int = 0
+    num_steps: int = NUM_STEPS
 
     @property
     def data(self) -> Path:
@@ -86,7 +87,7 @@ class Demo:
     def telling(self, title: str) -> Iterator[None]:
         """A numbered step; an error that leaves it says which it was."""
         self.step += 1
-        place = f"step {self.step} of {NUM_STEPS}"
+        place = f"step {self.step} of {self.num_steps}"
         self.console.print(f"\n[bold cyan]{place}[/]  [bold]{title}[/]")
         began_s = time.monotonic()
         try:
@@ -237,24 +238,26 @@ def tell_losses(demo: Demo) -> None:
 
 def export(demo: Demo) -> None:
     """Write ``hf/`` anew from the newest checkpoint."""
-    from megatron_curr.convert.export import export_run
+    from megatron_curr.convert.run_conversion import run_conversion
 
     target = demo.run / "hf"
     if (target / "config.json").is_file():
         demo.say(f"{target} is there from before and is written anew")
         shutil.rmtree(target)
-    done = export_run(demo.run, target)
+    done = run_conversion(demo.run, target, verify=False)
     demo.say(
-        f"{target}: {done.architecture}, {format_count(done.num_parameters)} parameters in "
-        f"{done.dtype}, {format_bytes(done.size_bytes)}; the tokenizer gives the same ids"
+        f"{target}: {done.architecture}, {format_count(done.num_parameters)} parameters, "
+        f"{format_bytes(done.size_bytes)}; the tokenizer gives the same ids"
     )
 
 
 def compare(demo: Demo) -> None:
     """The same held-out tokens through both models. Raises ``DemoFailed`` when they differ."""
-    from megatron_curr.convert.verify import verify_export
+    from megatron_curr.convert.source import open_source
+    from megatron_curr.convert.verify import compare as compare_models
 
-    found = verify_export(demo.run / "hf", demo.run)
+    source = open_source(demo.run)
+    found = compare_models(demo.run / "hf", source.path, source)
     demo.say(
         f"{found.num_tokens:,} held-out tokens through both models: largest logit difference "
         f"[bold]{found.largest_logit_difference:.1e}[/] (mean {found.mean_logit_difference:.1e}, "

@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from megatron_curr.incarnation.conclude import conclude
+from megatron_curr.incarnation.record import incarnations
 from megatron_curr.recipe.load import dump_recipe, load_recipe
 from megatron_curr.training.preflight import prepare
 from megatron_curr.training.signals import STOP_SIGNALS
@@ -39,7 +41,8 @@ def launch_training(
     Raises ``UserError`` for what is wrong before any rank starts; nothing is written then.
     """
     recipe = load_recipe(recipe_path, overrides)
-    prepare(recipe, ranks).folder.check_free()
+    folder = prepare(recipe, ranks).folder
+    folder.check_free()
     with TemporaryDirectory(prefix="megatron-curr-") as name:
         meeting = Path(name)
         resolved = meeting / "recipe.yaml"
@@ -50,7 +53,11 @@ def launch_training(
             arguments += ["--stop-at", str(stop_at_tokens)]
         crew = Crew(arguments, ranks, meeting)
         with crew:
-            return crew.wait()
+            code = crew.wait()
+    newest = incarnations(folder.path)[-1:]
+    if any(incarnation.claim and incarnation.claim.pid in crew.pids for incarnation in newest):
+        conclude(folder.path)
+    return code
 
 
 class Crew:
@@ -68,6 +75,7 @@ class Crew:
         self._module = module
         self._num_interrupts = 0
         self._processes = [self._start(arguments, rank, ranks) for rank in range(ranks)]
+        self.pids = {process.pid for process in self._processes}
         self._handlers = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
 
     def _start(self, arguments: Sequence[str], rank: int, ranks: int) -> subprocess.Popen[bytes]:

@@ -20,7 +20,8 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from launch.local import Crew
-from launch.worker import Place, join, run_rank
+from launch.meeting import Place, join
+from launch.worker import run_rank
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.layout_name import ONE_RANK, Layout, check_layouts, parse_layout
 from megatron_curr.recipe.load import dump_recipe, load_recipe

@@ -1,7 +1,7 @@
 """What every rank runs: ``python -m launch.worker RECIPE``, started by us, torchrun or Slurm.
 
-Rank and world size come from the environment, as torchrun sets them. Exit code 0 means complete or
-stopped cleanly, 1 failed, 2 wrong input.
+Rank and world size come from the environment, as torchrun or ``srun`` sets them. Exit code 0 means
+complete or stopped cleanly, 1 failed, 2 wrong input; what to do next says the incarnation's record.
 """
 
 from __future__ import annotations
@@ -11,53 +11,28 @@ import faulthandler
 import json
 import logging
 import os
-import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from launch.meeting import Place, excuse, join
+from megatron_curr.durable import write_durably
 from megatron_curr.errors import UserError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training.console import log_to_file, log_to_user
 from megatron_curr.training.signals import StopSignals, die_with_parent
 
 if TYPE_CHECKING:
+    from megatron_curr.recipe.schema import RunRecipe
+    from megatron_curr.training.life import Life
     from megatron_curr.training.preflight import Prepared
 
 log = logging.getLogger("launch.worker")  # the module itself runs as __main__
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this rank stands among the others."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        """As torchrun describes it; one rank alone where nothing does."""
-
-        def number(name: str, default: int) -> int:
-            return int(os.environ.get(name, default))
-
-        world_size = number("WORLD_SIZE", 1)
-        return cls(
-            rank=number("RANK", 0),
-            world_size=world_size,
-            local_rank=number("LOCAL_RANK", 0),
-            local_world_size=number("LOCAL_WORLD_SIZE", world_size),
-        )
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} of {self.world_size}, pid {os.getpid()} on {socket.gethostname()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -98,62 +73,129 @@ def run_rank(work: Callable[[Place], None], *, failures: Path | None) -> NoRetur
 
 
 def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> None:
+    from megatron_curr.training.life import begin_life
     from megatron_curr.training.preflight import prepare
 
-    prepared = prepare(load_recipe(options.recipe, options.overrides), place.world_size)
-    join(place, options.rendezvous)
-    train_prepared(prepared, place, signals=signals, stop_at_tokens=options.stop_at_tokens)
+    recipe = load_recipe(options.recipe, options.overrides)
+    meeting = recipe.folder / "incarnations"
+    try:
+        prepared = prepare(recipe, place.world_size)
+    except UserError as error:
+        if place.finds_others_by_slurm and place.rank != 0:
+            excuse(place, meeting, error)
+        raise
+    life = None
+    if place.rank == 0:
+        life = begin_life(prepared.folder, world_size=place.world_size, node=place.node)
+    with life.recording() if life else nullcontext():
+        join(place, options.rendezvous, meeting_folder=meeting)
+        train_prepared(
+            prepared, place, life=life, signals=signals, stop_at_tokens=options.stop_at_tokens
+        )
 
 
 def train_prepared(
-    prepared: Prepared, place: Place, *, signals: StopSignals, stop_at_tokens: int | None = None
+    prepared: Prepared,
+    place: Place,
+    *,
+    life: Life | None,
+    signals: StopSignals,
+    stop_at_tokens: int | None = None,
 ) -> None:
-    """Train among ranks that have met already; rank 0 holds the run folder meanwhile.
+    """Train among ranks that have met already, as part of the incarnation rank 0 has claimed.
 
     Raises what ends the run other than its end. Nothing is collective after a failure.
     """
     import torch
     import torch.distributed as dist
 
-    from megatron_curr.training.build import build_run, say_how_it_ended
-    from megatron_curr.training.loop import train
+    from megatron_curr.training.life import join_life
 
     folder = prepared.folder
-    lock = folder.lock() if place.rank == 0 else None
-    if lock is not None:
-        folder.write_records(prepared.recipe, prepared.ledger)
-    dist.barrier()
-    log_to_file(folder.logs / f"rank_{place.rank}.log", also_output=place.rank != 0)
-    log.info("%s, %d threads, torch %s", place, torch.get_num_threads(), torch.__version__)
-    for change in prepared.changes if place.rank == 0 else ():
-        log.info("changed since the last start: %s", change)
-    with build_run(prepared, signals=signals, stop_at_tokens=stop_at_tokens) as run:
-        train(run)
+    number = torch.tensor([life.incarnation.number if life else 0])
+    dist.broadcast(number, 0)
+    life = life or join_life(
+        folder,
+        int(number),
+        rank=place.rank,
+        node=place.node,
+        is_first_on_node=place.local_rank == 0,
+    )
+    with life.recording():
+        if place.rank == 0:
+            folder.write_records(prepared.recipe, prepared.ledger, life.pen)
         dist.barrier()
-        if lock is not None:
-            say_how_it_ended(run)
-            lock.release()
+        log_path = folder.rank_log(life.incarnation.number, place.rank)
+        log_to_file(log_path, also_output=place.rank != 0)
+        log.info(
+            "%s, incarnation %d, %d threads, torch %s",
+            place,
+            life.incarnation.number,
+            torch.get_num_threads(),
+            torch.__version__,
+        )
+        for change in prepared.changes if place.rank == 0 else ():
+            log.info("changed since the last start: %s", change)
+        with _watched(life, log_path, prepared.recipe, signals):
+            _train_watched(prepared, life, signals=signals, stop_at_tokens=stop_at_tokens)
 
 
-def join(place: Place, rendezvous: str | None) -> None:
-    """Meet the other ranks: in a file when we started them, else where torchrun says."""
-    import torch
+def _train_watched(
+    prepared: Prepared, life: Life, *, signals: StopSignals, stop_at_tokens: int | None
+) -> None:
     import torch.distributed as dist
 
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    alone = place.world_size == 1 and "MASTER_ADDR" not in os.environ
-    if rendezvous is None and alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(
-            backend,
-            init_method=rendezvous or "env://",
-            rank=place.rank,
-            world_size=place.world_size,
-        )
+    from megatron_curr.convert.load import first_weights
+    from megatron_curr.training.build import build_run, say_how_it_ended
+    from megatron_curr.training.loop import train
+    from megatron_curr.training.node_checks import check_nodes
+
+    write_nodes(life)
+    check_nodes(prepared, life)
+    with build_run(
+        prepared,
+        life=life,
+        signals=signals,
+        stop_at_tokens=stop_at_tokens,
+        first_weights=first_weights(prepared.recipe, vocab_size=prepared.vocab_size),
+    ) as run:
+        train(run)
+        dist.barrier()
+        if life.rank == 0:
+            run.write_beat()
+            say_how_it_ended(run)
+            life.conclude(prepared.folder.path, *run.ending)
+
+
+@contextmanager
+def _watched(life: Life, log_path: Path, recipe: RunRecipe, signals: StopSignals) -> Iterator[None]:
+    from megatron_curr.training.watchdog import Watchdog
+
+    watchdog = Watchdog(
+        life,
+        log_path,
+        signals=signals,
+        step_multiple=recipe.training.hang_step_multiple,
+        least_s=recipe.training.hang_least_s,
+    )
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+def write_nodes(life: Life) -> None:
+    """Rank 0 writes down which ranks run where. Collective."""
+    import torch.distributed as dist
+
+    nodes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(nodes, life.node)
+    if life.rank == 0:
+        by_node: dict[str, list[int]] = {}
+        for rank, node in enumerate(nodes):
+            by_node.setdefault(node, []).append(rank)
+        write_durably(life.incarnation.folder / "nodes.json", json.dumps(by_node) + "\n")
 
 
 def _tell(error: Exception, place: Place, failures: Path | None) -> None:

@@ -1,7 +1,7 @@
 """Which documents a sample is made of, and when a document is read: no model, no torch.
 
 A recipe is traced as it stands; a run by its own ``recipe.yaml`` and ``ledger.jsonl``, amendments
-included.
+included. Video runs are made of lots of clips (``video_trace.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_curr.curriculum.ledger import ledger_schedule, open_ledger, read_ledger
+from megatron_curr.curriculum.ledger import Entry, ledger_schedule, open_ledger, read_ledger
+from megatron_curr.curriculum.schedule import Schedule
 from megatron_curr.data.order import SampleOrder, Samples
 from megatron_curr.data.shards import ShardSet, Span, open_shards
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +25,8 @@ from megatron_curr.errors import DataError, RecipeError
 from megatron_curr.recipe.check import check_recipe
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.video_schema import VideoRecipe
+from megatron_curr.video_trace import VideoTrace, row_as_json, row_as_text
 
 _AT_ONCE = 4_096  # samples looked up together, so that a long trace starts printing at once
 
@@ -123,26 +126,12 @@ class Trace:
         )
 
 
-def open_trace(target: Path, overrides: Sequence[str] = ()) -> Trace:
+def open_trace(target: Path, overrides: Sequence[str] = ()) -> Trace | VideoTrace:
     """The trace of a recipe file or a run folder. Raises ``UserError`` for what is wrong in it."""
-    if target.is_dir():
-        if not (target / "recipe.yaml").is_file():
-            raise RecipeError(
-                f"{target}: no recipe.yaml in it; give a recipe or the folder of a run"
-            )
-        if overrides:
-            raise RecipeError(
-                f"{target}: a run's recipe is fixed; --set works on a recipe file only"
-            )
-        recipe = load_recipe(target / "recipe.yaml")
-        ledger_path = target / "ledger.jsonl"
-        ledger = (
-            read_ledger(ledger_path) if ledger_path.exists() else open_ledger(recipe.curriculum)
-        )
-    else:
-        recipe = load_recipe(target, overrides)
-        ledger = open_ledger(recipe.curriculum)
+    recipe, ledger = _read_target(target, overrides)
     check_recipe(recipe)
+    if isinstance(recipe, VideoRecipe):
+        return VideoTrace(recipe, ledger)
     schedule, sources = ledger_schedule(ledger), recipe.data.sources
     shard_sets = {
         name: open_shards(sources[name].shards, name=name)
@@ -157,6 +146,21 @@ def open_trace(target: Path, overrides: Sequence[str] = ()) -> Trace:
         chunk_tokens=recipe.data.chunk_tokens,
     )
     return Trace(recipe, order, shard_sets)
+
+
+def _read_target(
+    target: Path, overrides: Sequence[str]
+) -> tuple[Recipe | VideoRecipe, tuple[Entry, ...]]:
+    """The recipe, and the ledger of the run or of one that would start now."""
+    if not target.is_dir():
+        recipe = load_recipe(target, overrides)
+        return recipe, open_ledger(recipe.curriculum)
+    if not (target / "recipe.yaml").is_file():
+        raise RecipeError(f"{target}: no recipe.yaml in it; give a recipe or the folder of a run")
+    if overrides:
+        raise RecipeError(f"{target}: a run's recipe is fixed; --set works on a recipe file only")
+    recipe, ledger = load_recipe(target / "recipe.yaml"), target / "ledger.jsonl"
+    return recipe, read_ledger(ledger) if ledger.exists() else open_ledger(recipe.curriculum)
 
 
 def trace_command(
@@ -176,24 +180,35 @@ def trace_command(
     sample that reads it, from the first, whatever ``position`` and ``count``. Raises ``UserError``.
     """
     trace = open_trace(target, overrides)
-    total = trace.schedule.total_samples
-    tokenizer = load_tokenizer(trace.recipe.data.tokenizer) if text else None
     if document is not None:
         positions = trace.positions_of(document)
         if not len(positions) and not as_json:
             yield f"{document} is not read in this run of {trace.schedule.total_tokens:,} tokens"
     else:
-        if token is not None:
-            if not 0 <= token < trace.schedule.total_tokens:
-                last = trace.schedule.total_tokens - 1
-                raise DataError(f"token {token:,}: the run has tokens 0 to {last:,}")
-            position = trace.schedule.position_of(token)
-        if not 0 <= position < total:
-            raise DataError(f"position {position:,}: the run has positions 0 to {total - 1:,}")
-        positions = np.arange(position, min(position + count, total), dtype=np.int64)
-    for sample in trace.samples(positions):
+        positions = _positions(trace.schedule, position, count, token)
+    if isinstance(trace, VideoTrace):
+        for place in positions:
+            row = trace.row(int(place), with_text=text)
+            yield from [row_as_json(row)] if as_json else row_as_text(row)
+        return
+    tokenizer = load_tokenizer(trace.recipe.data.tokenizer) if text else None
+    for sample in trace.samples(np.asarray(positions, np.int64)):
         decoded = trace.text(sample, tokenizer) if tokenizer else None
         yield _as_json(sample, decoded) if as_json else _as_line(sample, decoded)
+
+
+def _positions(schedule: Schedule, position: int, count: int, token: int | None) -> range:
+    """The samples, or lots, that were asked for. Raises ``DataError`` for one outside the run."""
+    total = schedule.total_samples
+    if token is not None:
+        if not 0 <= token < schedule.total_tokens:
+            raise DataError(
+                f"token {token:,}: the run has tokens 0 to {schedule.total_tokens - 1:,}"
+            )
+        position = schedule.position_of(token)
+    if not 0 <= position < total:
+        raise DataError(f"position {position:,}: the run has positions 0 to {total - 1:,}")
+    return range(position, min(position + count, total))
 
 
 def _as_json(sample: TracedSample, text: str | None) -> str:

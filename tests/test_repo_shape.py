@@ -32,22 +32,25 @@ BELOW: dict[str, set[str]] = {
     "units": set(),
     "durable": set(),
     "__init__": set(),
+    "incarnation": FLOOR,
     "recipe": FLOOR,
     "curriculum": CORE,
     "plan": CORE | {"curriculum"},
-    "report": CORE | {"curriculum", "plan"},
+    "report": CORE | {"curriculum", "plan", "incarnation"},
     "data": CORE | {"curriculum"},
     "parallel": CORE,
     "models": CORE | {"parallel"},
-    "training": CORE | {"curriculum", "plan", "data", "parallel", "models"},
-    "trace": CORE | {"curriculum", "data"},
+    "training": CORE | {"curriculum", "plan", "incarnation", "data", "parallel", "models"},
+    "video_trace": CORE | {"curriculum", "data"},
+    "trace": CORE | {"curriculum", "data", "video_trace"},
     "doctor": CORE | {"models"},
     "convert": CORE | {"curriculum", "plan", "report", "data", "parallel", "models", "training"},
+    "sample": CORE | {"curriculum", "data", "parallel", "models", "training", "convert"},
 }
 EVERYTHING = {"cli", "__main__"}  # the command line imports whatever it starts
 MEGATRON_CORE_IN = {"parallel", "models", "training", "convert"}
 MEGATRON_CORE_READER = "megatron_curr/data/"
-WITHOUT_TORCH = ["recipe", "curriculum", "plan", "report"]
+WITHOUT_TORCH = ["recipe", "curriculum", "plan", "report", "incarnation"]
 UNTELLING = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
@@ -180,6 +183,8 @@ def test_every_third_party_import_is_declared_in_setup() -> None:
         "megatron": "megatron-core",
         "markupsafe": "jinja2",  # parts of what is declared, under names of their own
         "pydantic_core": "pydantic",
+        "PIL": "pillow",
+        "nvidia": "nvidia-dali-cuda120",
     }
     ours = {"megatron_curr", "launch", "data_tools", "benchmarks"}
     optional = {"transformer_engine", "apex", "amp_C"}  # found at run time, declared or documented

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_curr.cli import checkpoints, data, look, train  # noqa: F401 (each adds its verbs)
+from megatron_curr.cli import (  # noqa: F401 (each adds its verbs)
+    checkpoints,
+    cluster,
+    data,
+    look,
+    train,
+    video,
+)
 from megatron_curr.cli.app import app
 from megatron_curr.errors import UserError
 

@@ -71,6 +71,10 @@ def doctor(
 @app.command(epilog="Example: megatron-curr schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of recipes, for completion and checks in an editor."""
-    from megatron_curr.recipe.schema import Recipe
+    from pydantic import TypeAdapter
 
-    typer.echo(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
+    from megatron_curr.recipe.schema import Recipe
+    from megatron_curr.recipe.video_schema import VideoRecipe
+
+    kinds = TypeAdapter(Recipe | VideoRecipe)
+    typer.echo(json.dumps(kinds.json_schema(by_alias=True), indent=2))

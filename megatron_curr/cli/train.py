@@ -15,8 +15,18 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the corpus and the run are written.")] = Path(
         "."
     ),
+    video: Annotated[
+        bool, typer.Option("--video", help="Clips and a video DiT instead of text.")
+    ] = False,
 ) -> None:
-    """Make a corpus, train on it, resume on another layout, export and report; needs no network."""
+    """Make a corpus, train on it, resume on another layout, export and report; needs no network.
+
+    With --video: make clips, train a video model on them, sample clips and report.
+    """
+    if video:
+        from launch.demo_video import run_video_demo
+
+        raise typer.Exit(run_video_demo(folder))
     from launch.demo import run_demo
 
     raise typer.Exit(run_demo(folder))

@@ -1,4 +1,4 @@
-"""The model card: what the run says about the model, as a Hugging Face README.md."""
+"""The model card: what the run says about the model, as a Hugging Face README.md and plots."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jinja2
 
-from megatron_curr.convert.source import Source
+from megatron_curr.convert.source import RunSource
 from megatron_curr.report.records import RunRecords, read_run
+from megatron_curr.report.views import build_view, heldout_loss, mixture, train_loss
 from megatron_curr.units import format_count
 
 
@@ -25,9 +26,19 @@ class SourceLine:
     loss: float
 
 
-def write_card(source: Source, folder: Path, *, architecture: str, num_parameters: int) -> None:
-    """Write ``README.md`` from the run's recipe, state and metrics up to the checkpoint."""
-    run = read_run(source.run)
+def write_card(
+    source: RunSource,
+    folder: Path,
+    *,
+    architecture: str,
+    num_parameters: int,
+    made_by: str | None = None,
+) -> None:
+    """Write ``README.md`` from the run's recipe, state and metrics up to the checkpoint.
+
+    Its plots, under ``plots/``, are those of the run's page, each a file of its own.
+    """
+    run = read_run(source.folder)
     consumed_tokens = source.state.consumed_tokens
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -41,14 +52,34 @@ def write_card(source: Source, folder: Path, *, architecture: str, num_parameter
         recipe=source.recipe,
         recipe_text=run.recipe_text,
         architecture=architecture,
+        made_by=made_by,
         num_parameters=num_parameters,
         state=source.state,
         consumed_tokens=consumed_tokens,
         total_tokens=run.schedule.total_tokens,
         phases=_phase_lines(run, consumed_tokens),
         sources=_source_lines(source, run),
+        plots=_write_plots(run, folder),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write_plots(run: RunRecords, folder: Path) -> dict[str, str]:
+    """Name of every plot that has something to show, by its title."""
+    view = build_view(run)
+    drawn = {"mixture": ("Share of every source", mixture)}
+    if run.steps.rows:
+        drawn["train_loss"] = ("Training loss", train_loss)
+    if run.evaluations.rows:
+        drawn["heldout_loss"] = ("Held-out loss", heldout_loss)
+    style = files("megatron_curr.report").joinpath("page.css").read_text(encoding="utf-8")
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, (_, draw) in drawn.items():
+        figure = draw(view).split("</svg>")[0] + "</svg>"  # without what a pointer reads
+        figure = figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        figure = figure.replace(">", f"><style>{style}</style>", 1)
+        (folder / "plots" / f"{name}.svg").write_text(figure, encoding="utf-8")
+    return {title: f"plots/{name}.svg" for name, (title, _) in drawn.items()}
 
 
 def _phase_lines(run: RunRecords, consumed_tokens: int) -> list[dict[str, object]]:
@@ -82,7 +113,7 @@ def _mixture(run: RunRecords, tokens: int) -> str:
     return ", ".join(f"{name} {weight:.1%}" for name, weight in shown if weight >= 0.0005)
 
 
-def _source_lines(source: Source, run: RunRecords) -> list[SourceLine]:
+def _source_lines(source: RunSource, run: RunRecords) -> list[SourceLine]:
     known = [
         row
         for row in run.evaluations.rows

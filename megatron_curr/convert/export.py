@@ -1,40 +1,39 @@
-"""A checkpoint as a Hugging Face folder: weights, config, tokenizer, generation config, card.
-
-The folder is written beside its place under another name and renamed when it is whole.
-"""
+"""Weights as a Hugging Face folder: safetensors, config, tokenizer, generation config, card."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_curr.convert import llama, qwen2, qwen3
 from megatron_curr.convert.card import write_card
-from megatron_curr.convert.family import Family, Piece, shared_config
-from megatron_curr.convert.source import find_source
-from megatron_curr.convert.stored import StoredTensors, open_stored
+from megatron_curr.convert.family import Family
+from megatron_curr.convert.hf_config import write_config
+from megatron_curr.convert.safetensors_out import Written, write_safetensors
+from megatron_curr.convert.source import RunSource, Source
+from megatron_curr.convert.stored import METADATA
+from megatron_curr.convert.target import check_empty, written_beside
 from megatron_curr.convert.tokenizer import write_tokenizer
 from megatron_curr.data.shards import ShardSet, open_shards
 from megatron_curr.data.tokenizer import load_tokenizer
-from megatron_curr.errors import CheckpointError, DataError, RecipeError
-from megatron_curr.recipe.model import Model
+from megatron_curr.errors import DataError, RecipeError
 from megatron_curr.recipe.schema import Recipe
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MAX_SHARD_BYTES = 4 * 10**9
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_FILE_BYTES = 4 * 10**9
 CHECKED_TOKENS = 20_000  # of held-out text, per source, on which the tokenizers are compared
-# What a checkpoint holds besides the model's weights.
-_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
+# Files of a published model that are neither its weights nor its config.
+CARRIED_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE"),
+    *("generation_config.json", "README.md"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,195 +41,65 @@ class Export:
     """What was written."""
 
     folder: Path
-    checkpoint: Path
+    source: Path
     architecture: str
     dtype: str
     num_parameters: int
     size_bytes: int
-    passed_over: tuple[str, ...]  # torn checkpoints newer than the one converted
 
 
-def export_run(
-    run: Path, output: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+def export(
+    source: Source,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    architecture: str | None = None,
+    chat_template: Path | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Export:
-    """Convert a run's newest intact checkpoint, or the checkpoint that ``run`` names.
+    """Write ``source`` as a Hugging Face folder.
 
-    ``dtype`` is ``fp32`` or ``bf16``; the default is as stored. Raises a ``UserError`` and leaves
-    nothing behind when the target is not empty, no architecture fits, or tensors do not match.
+    ``dtype`` is one of ``DTYPES``; the default is as stored. ``check`` is shown the folder before
+    it takes its place, and raises what is wrong with it. Raises a ``UserError`` and leaves nothing
+    behind when the target is not empty, no architecture fits, or tensors do not match.
     """
     check_empty(output)
-    if dtype is not None and dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    source = find_source(run)
-    model = source.recipe.model
-    family = choose_family(model)
-    tokenizer = load_tokenizer(source.recipe.data.tokenizer)
-    vocab_size = model.vocab_size or tokenizer.vocab_size
-    stored = open_stored(source.checkpoint)
-    pieces = tuple(family.pieces(model, vocab_size=vocab_size))
-    check_complete(stored, pieces, model)
-    with _beside(output) as folder:
-        sizes = write_weights(
-            stored, pieces, folder, dtype=DTYPES.get(dtype or ""), max_shard_bytes=max_shard_bytes
-        )
-        config = {
-            "architectures": [family.architecture],
-            "model_type": family.model_type,
-            **shared_config(model, vocab_size=vocab_size, eod_id=tokenizer.eod_id),
-            **family.config_fields(model),
-            "dtype": sizes.dtype,
-            "torch_dtype": sizes.dtype,
-        }
-        _write_json(folder / "config.json", config)
-        generation = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id}
-        _write_json(folder / "generation_config.json", generation)
-        write_tokenizer(
-            source.recipe.data.tokenizer,
+    to = read_dtype(dtype)
+    family = source.family(architecture)
+    pieces = source.pieces(family)
+    with written_beside(output, _plan(source, family, dtype, max_file_bytes)) as folder:
+        sizes = write_safetensors(
+            source.weights,
+            pieces,
             folder,
-            max_tokens=model.max_position_embeddings,
-            texts=[tokenizer.decode(ids) for ids in _heldout_ids(source.recipe)],
+            dtype=to,
+            max_file_bytes=max_file_bytes,
+            on_bytes=on_bytes,
         )
-        write_card(
-            source, folder, architecture=family.architecture, num_parameters=sizes.num_parameters
-        )
+        if source.run:
+            _write_run_files(source, source.run, folder, family=family, sizes=sizes)
+        else:
+            _write_carried_files(source, folder, family=family, sizes=sizes)
+        if chat_template is not None:
+            _write_chat_template(chat_template, folder)
+        check(folder)
     return Export(
         folder=output,
-        checkpoint=source.checkpoint,
+        source=source.path,
         architecture=family.architecture,
         dtype=sizes.dtype,
         num_parameters=sizes.num_parameters,
         size_bytes=sizes.size_bytes,
-        passed_over=source.passed_over,
     )
 
 
-def choose_family(model: Model) -> Family:
-    """The architecture that is this model exactly. Raises ``RecipeError`` when there is none."""
-    if model.num_moe_experts is not None:
-        raise RecipeError(
-            f"model.num_moe_experts={model.num_moe_experts}: there is no table here for experts; "
-            "dense ones convert: " + ", ".join(family.architecture for family in FAMILIES)
-        )
-    found = next((family for family in FAMILIES if family.fits(model)), None)
-    if found is None:
-        raise RecipeError(
-            "no Hugging Face architecture known here is exactly this model: "
-            f"qk_layernorm={model.qk_layernorm}, add_qkv_bias={model.add_qkv_bias}, "
-            f"kv_channels={model.kv_channels}, num_attention_heads={model.num_attention_heads}, "
-            f"hidden_size={model.hidden_size}; known: "
-            + ", ".join(family.architecture for family in FAMILIES)
-        )
-    return found
-
-
-def check_empty(output: Path) -> None:
-    """Raise ``CheckpointError`` when the target holds anything."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(
-            f"{output}: is not an empty folder; give another target or remove it first"
-        )
-
-
-def check_complete(stored: StoredTensors, pieces: Sequence[Piece], model: Model) -> None:
-    """Raise ``CheckpointError`` for a tensor that is missing, left over, or of another size."""
-
-    def foreign(found: str) -> CheckpointError:
-        return CheckpointError(
-            f"{stored.checkpoint}: {found}; was the checkpoint saved with another recipe?"
-        )
-
-    used_rows: dict[str, int] = {}
-    for piece in pieces:
-        shape = stored[piece.stored].shape
-        if piece.layer is not None:
-            if shape[0] != model.num_layers:
-                raise foreign(
-                    f"{piece.stored} has {shape[0]} layers and the recipe {model.num_layers}"
-                )
-            shape = shape[1:]
-        if piece.layer in (None, 0):
-            num_rows = sum(end - start for start, end in piece.rows) if piece.rows else shape[0]
-            used_rows[piece.stored] = used_rows.get(piece.stored, 0) + num_rows
-        if piece.is_vocabulary and shape[1] != model.hidden_size:
-            raise foreign(f"{piece.stored} is {shape[1]} wide and the recipe {model.hidden_size}")
-    padded = {piece.stored for piece in pieces if piece.is_vocabulary}
-    layered = {piece.stored for piece in pieces if piece.layer is not None}
-    for name, num_rows in used_rows.items():
-        num_stored = stored[name].shape[1 if name in layered else 0]
-        if num_rows > num_stored or (num_rows < num_stored and name not in padded):
-            raise foreign(f"{name} has {num_stored} rows and the recipe {num_rows}")
-    extra = [n for n in stored if n not in used_rows and not n.startswith(_NOT_WEIGHTS)]
-    if extra:
-        raise foreign(f"{', '.join(sorted(extra)[:4])} has no place in the published model")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Sizes of what ``write_weights`` wrote."""
-
-    dtype: str
-    num_parameters: int
-    size_bytes: int
-
-
-def write_weights(
-    stored: StoredTensors,
-    pieces: Sequence[Piece],
-    folder: Path,
-    *,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-) -> Weights:
-    """Write safetensors files of at most ``max_shard_bytes`` (or one tensor), and their index."""
-    from safetensors.torch import save_file
-
-    files = _split(stored, pieces, dtype, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    num_parameters = size_bytes = 0
-    for number, group in enumerate(files, start=1):
-        name = "model.safetensors"
-        if len(files) > 1:
-            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {piece.published: read_piece(stored, piece, dtype) for piece in group}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        num_parameters += sum(tensor.numel() for tensor in tensors.values())
-        size_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if len(files) > 1:
-        totals = {"total_size": size_bytes, "total_parameters": num_parameters}
-        index = {"metadata": totals, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
-    written = dtype or stored[pieces[0].stored].dtype
-    return Weights(str(written).removeprefix("torch."), num_parameters, size_bytes)
-
-
-def read_piece(stored: StoredTensors, piece: Piece, dtype: torch.dtype | None) -> Tensor:
-    """One published tensor, contiguous and owning its memory."""
-    tensor = stored.read(piece.stored, piece.layer)
-    if piece.rows:
-        tensor = torch.cat([tensor[start:end] for start, end in piece.rows])
-    return tensor.to(dtype or tensor.dtype, copy=not piece.rows).contiguous()
-
-
-def _split(
-    stored: StoredTensors, pieces: Sequence[Piece], dtype: torch.dtype | None, most_bytes: int
-) -> list[list[Piece]]:
-    """Pieces grouped into files, in order."""
-    groups: list[list[Piece]] = [[]]
-    filled = 0
-    for piece in pieces:
-        tensor = stored[piece.stored]
-        shape = tensor.shape[0 if piece.layer is None else 1 :]
-        num_rows = sum(end - start for start, end in piece.rows) if piece.rows else shape[0]
-        size = num_rows * (dtype or tensor.dtype).itemsize
-        for width in shape[1:]:
-            size *= width
-        if groups[-1] and filled + size > most_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(piece)
-        filled += size
-    return groups
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; None stays None. Raises ``RecipeError``."""
+    if name is not None and name not in DTYPES:
+        raise RecipeError(f"--dtype {name!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
 
 
 def heldout_sets(recipe: Recipe) -> dict[str, ShardSet]:
@@ -245,30 +114,100 @@ def heldout_sets(recipe: Recipe) -> dict[str, ShardSet]:
     return found
 
 
+def carry_files(folder: Path, target: Path) -> None:
+    """Copy what goes along with a published model as it is."""
+    for name in CARRIED_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def _write_run_files(
+    source: Source, run: RunSource, folder: Path, *, family: Family, sizes: Written
+) -> None:
+    recipe = run.recipe
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    # Documents begin after the end token of the one before: it is also the one to begin with.
+    token_ids: dict[str, int | None] = dict.fromkeys(
+        ("bos_token_id", "eos_token_id"), tokenizer.eod_id
+    )
+    config = write_config(
+        source.model,
+        family,
+        vocab_size=source.vocab_size,
+        token_ids=token_ids,
+        dtype=sizes.dtype,
+    )
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", token_ids)
+    write_tokenizer(
+        recipe.data.tokenizer,
+        folder,
+        max_tokens=source.model.max_position_embeddings,
+        texts=[tokenizer.decode(ids) for ids in _heldout_ids(recipe)],
+    )
+    write_card(
+        run,
+        folder,
+        architecture=family.architecture,
+        num_parameters=sizes.num_parameters,
+        made_by=source.made_by,
+    )
+
+
+def _write_carried_files(source: Source, folder: Path, *, family: Family, sizes: Written) -> None:
+    """Of a model that was published before: its own files, and the config of what it is now."""
+    token_ids: dict[str, int | None] = {}
+    if source.carried:
+        carry_files(source.carried, folder)
+        published = source.carried / "config.json"
+        if published.is_file():
+            old = json.loads(published.read_text(encoding="utf-8"))
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            token_ids = {name: old[name] for name in names if name in old}
+    config = write_config(
+        source.model,
+        family,
+        vocab_size=source.vocab_size,
+        token_ids=token_ids,
+        dtype=sizes.dtype,
+    )
+    write_json(folder / "config.json", config)
+
+
+def _write_chat_template(template: Path, folder: Path) -> None:
+    """Where transformers 5 looks for it, and where 4 does, once it parses."""
+    import jinja2
+
+    try:
+        text = template.read_text(encoding="utf-8")
+        jinja2.Environment().parse(text)
+    except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        raise DataError(f"{template}: is no chat template ({error}); give a Jinja file") from error
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**settings, "chat_template": text})
+
+
 def _heldout_ids(recipe: Recipe) -> Iterator[list[int]]:
     for shards in heldout_sets(recipe).values():
         ids = shards.read(0, min(CHECKED_TOKENS, shards.num_tokens)).tolist()
         yield from (ids[start : start + 1000] for start in range(0, len(ids), 1000))
 
 
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A folder that takes ``output``'s place when the block ends, and goes when it fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        check_empty(output)
-        os.replace(partial, output)  # over an empty folder, too
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _plan(source: Source, family: Family, dtype: str | None, max_file_bytes: int) -> dict[str, Any]:
+    """What must be the same for files of a conversion that was cut short to be kept."""
+    told = [path for path in (source.path / METADATA, source.path / "config.json") if path.exists()]
+    return {
+        "source": str(source.path.resolve()),
+        "told": [hashlib.sha256(path.read_bytes()).hexdigest() for path in told],
+        "weights": getattr(source.weights, "told", ""),
+        "architecture": family.architecture,
+        "dtype": dtype,
+        "max_file_bytes": max_file_bytes,
+    }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,47 +1,155 @@
-"""Llama: ``LlamaForCausalLM``. Qwen's tables are this one with a few rows more."""
+"""Llama 2, 3, 3.1 and later: ``LlamaForCausalLM``; the table that most others vary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_curr.convert.family import (
     Entry,
     Family,
     RowsOf,
+    Where,
+    WidthOf,
+    all_rows,
+    ffn,
     gate_rows,
+    hidden,
     key_rows,
     query_rows,
+    query_width,
+    untied,
     up_rows,
     value_rows,
 )
+from megatron_curr.errors import CheckpointError
+from megatron_curr.recipe.model import Model
 
-HEAD = (Entry("model.embed_tokens.weight", "embedding.word_embeddings.weight", is_vocabulary=True),)
+HEAD = (Entry("model.embed_tokens.weight", "embedding.word_embeddings.weight", None, hidden),)
 TAIL = (
-    Entry("model.norm.weight", "decoder.final_layernorm.weight"),
-    Entry("lm_head.weight", "output_layer.weight", is_vocabulary=True, untied_only=True),
+    Entry("model.norm.weight", "decoder.final_layernorm.weight", all_rows(hidden)),
+    Entry("lm_head.weight", "output_layer.weight", None, hidden, when=untied),
 )
-_FUSED_QKV, _FUSED_UP = "self_attention.linear_qkv", "mlp.linear_fc1"
+QKV = "self_attention.linear_qkv"
 
 
-def layer_entry(published: str, stored: str, rows: RowsOf | None = None) -> Entry:
-    """A tensor that every layer has, by its names inside the layer."""
-    return Entry(
-        f"model.layers.{{layer}}.{published}", f"decoder.layers.{stored}", rows, per_layer=True
+def layer_entry(
+    published: str,
+    stored: str,
+    rows: RowsOf,
+    columns: WidthOf | None = None,
+    where: Where = "every",
+) -> Entry:
+    """A tensor that layers have, by its names inside the layer."""
+    prefix = ("model.layers.{layer}.", "decoder.layers.{layer}.")
+    return Entry(prefix[0] + published, prefix[1] + stored, rows, columns, where)
+
+
+def gated_mlp(
+    published: str, stored: str, width: WidthOf, *, where: Where, names: tuple[str, str, str]
+) -> tuple[Entry, ...]:
+    """Gate, up and down of a SwiGLU under these published names."""
+    gate, up, down = (f"{published}.{name}.weight" for name in names)
+    return (
+        layer_entry(gate, f"{stored}.linear_fc1.weight", gate_rows(width), hidden, where),
+        layer_entry(up, f"{stored}.linear_fc1.weight", up_rows(width), hidden, where),
+        layer_entry(down, f"{stored}.linear_fc2.weight", all_rows(hidden), width, where),
     )
 
 
-LAYER = (
-    layer_entry("input_layernorm.weight", f"{_FUSED_QKV}.layer_norm_weight"),
-    layer_entry("self_attn.q_proj.weight", f"{_FUSED_QKV}.weight", query_rows),
-    layer_entry("self_attn.k_proj.weight", f"{_FUSED_QKV}.weight", key_rows),
-    layer_entry("self_attn.v_proj.weight", f"{_FUSED_QKV}.weight", value_rows),
-    layer_entry("self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
-    layer_entry("post_attention_layernorm.weight", f"{_FUSED_UP}.layer_norm_weight"),
-    layer_entry("mlp.gate_proj.weight", f"{_FUSED_UP}.weight", gate_rows),
-    layer_entry("mlp.up_proj.weight", f"{_FUSED_UP}.weight", up_rows),
-    layer_entry("mlp.down_proj.weight", "mlp.linear_fc2.weight"),
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+INPUT_NORM = layer_entry("input_layernorm.weight", f"{QKV}.layer_norm_weight", all_rows(hidden))
+ATTENTION = (
+    layer_entry("self_attn.q_proj.weight", f"{QKV}.weight", query_rows, hidden),
+    layer_entry("self_attn.k_proj.weight", f"{QKV}.weight", key_rows, hidden),
+    layer_entry("self_attn.v_proj.weight", f"{QKV}.weight", value_rows, hidden),
+    layer_entry(
+        "self_attn.o_proj.weight",
+        "self_attention.linear_proj.weight",
+        all_rows(hidden),
+        query_width,
+    ),
 )
+QKV_BIASES = (
+    layer_entry("self_attn.q_proj.bias", f"{QKV}.bias", query_rows),
+    layer_entry("self_attn.k_proj.bias", f"{QKV}.bias", key_rows),
+    layer_entry("self_attn.v_proj.bias", f"{QKV}.bias", value_rows),
+)
+MLP_NORM = (
+    layer_entry(
+        "post_attention_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight",
+        all_rows(hidden),
+        where="dense",
+    ),
+    # A layer with experts keeps its norm apart: the router and every expert read it.
+    layer_entry(
+        "post_attention_layernorm.weight",
+        "pre_mlp_layernorm.weight",
+        all_rows(hidden),
+        where="sparse",
+    ),
+)
+MLP = gated_mlp("mlp", "mlp", ffn, where="dense", names=GATE_UP_DOWN)
+LAYER = (INPUT_NORM, *ATTENTION, *MLP_NORM, *MLP)
+
+NAMES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon",
+}
+SHARED = frozenset({"rotary_base", "untie_embeddings_and_output_weights"})
+"""Settings that ``hf_config.py`` reads and writes for every family."""
+FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,)}
+
+
+def write_scaling(model: Model) -> dict[str, Any]:
+    """Rotations stretched as in Llama 3.1; transformers reads either name."""
+    if model.rope_scaling_factor is None:
+        return {}
+    return {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    }
+
+
+def read_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of ``write_scaling``. Raises ``CheckpointError`` for another kind of scaling."""
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return {}
+    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    known["original_max_position_embeddings"] = 8192
+    if scaling.get("rope_type") != "llama3" or any(
+        scaling.get(name) != value for name, value in known.items()
+    ):
+        raise CheckpointError(
+            f"config.json: rope scaling {scaling} is not megatron-core's, which is Llama 3.1's: "
+            f"rope_type 'llama3' with {known}"
+        )
+    return {"rope_scaling_factor": float(scaling["factor"])}
+
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
-    entries=(*HEAD, *LAYER, *TAIL),
-    fits=lambda model: not model.qk_layernorm and not model.add_qkv_bias,
-    config_fields=lambda model: {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    head=HEAD,
+    layer=LAYER,
+    tail=TAIL,
+    names=NAMES,
+    fixed={**FIXED, "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,)},
+    computed=SHARED | {"rope_scaling_factor"},
+    write=write_scaling,
+    read=read_scaling,
+    ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )

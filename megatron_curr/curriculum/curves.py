@@ -80,7 +80,7 @@ class Curve(Generic[Value]):
 
     def at(self, seen_tokens: int) -> Value:
         """The value once ``seen_tokens`` have been consumed."""
-        return self._ramp_at(seen_tokens).at(seen_tokens)
+        return self.ramp_at(seen_tokens).at(seen_tokens)
 
     @property
     def last(self) -> Value:
@@ -104,7 +104,8 @@ class Curve(Generic[Value]):
             return high
         return limit_tokens
 
-    def _ramp_at(self, seen_tokens: int) -> Ramp[Value]:
+    def ramp_at(self, seen_tokens: int) -> Ramp[Value]:
+        """The ramp that this token lies in or after; the first one before all."""
         starts = [ramp.start_tokens for ramp in self.ramps]
         return self.ramps[max(bisect_right(starts, seen_tokens) - 1, 0)]
 

@@ -3,22 +3,31 @@
 One JSON line an edition, appended and never rewritten; each carries the hash of the line before, so
 a past that was edited by hand is found. The samples before an edition's first token are those of
 the editions before it, whatever it says: the future can be amended, the past cannot.
+
+Who appends holds ``hold_ledger``; so does a running job for the instant in which it looks for new
+entries and says from which token on it will take them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_curr.curriculum.planner import Planner
 from megatron_curr.curriculum.schedule import Edition, Schedule, build_schedule
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.recipe.phases import Curriculum
+from megatron_curr.recipe.video_phases import VideoCurriculum
 
 GENESIS = "0" * 64
 
@@ -30,6 +39,8 @@ class Entry:
     edition: Edition
     reason: str
     previous: str  # hash of the entry before, GENESIS for the first
+    # Every source of the recipe from here on, as JSON; None where they are those of before.
+    sources: Mapping[str, Any] | None = None
 
     @property
     def hash(self) -> str:
@@ -48,16 +59,24 @@ class Entry:
             "previous": self.previous,
             "curriculum": curriculum,
         }
+        if self.sources is not None:
+            body["sources"] = dict(self.sources)
         return json.dumps(body, sort_keys=True)
 
 
-def open_ledger(curriculum: Curriculum) -> tuple[Entry, ...]:
+def open_ledger(curriculum: Curriculum | VideoCurriculum) -> tuple[Entry, ...]:
     """The ledger of a run that starts now."""
     return (Entry(Edition(0, curriculum), "start", GENESIS),)
 
 
 def amend(
-    ledger: Sequence[Entry], curriculum: Curriculum, *, from_tokens: int, reason: str
+    ledger: Sequence[Entry],
+    curriculum: Curriculum | VideoCurriculum,
+    *,
+    from_tokens: int,
+    reason: str,
+    sources: Mapping[str, Any] | None = None,
+    planner: Planner | None = None,
 ) -> tuple[Entry, ...]:
     """The ledger with another future from ``from_tokens`` on, which must be a step's edge.
 
@@ -70,23 +89,45 @@ def amend(
             f"an amendment from token {from_tokens} would change the past: the last one began at "
             f"token {before.from_tokens}"
         )
-    amended = (*ledger, Entry(Edition(from_tokens, curriculum), reason, ledger[-1].hash))
-    build_schedule([entry.edition for entry in amended])
+    edition = Edition(from_tokens, curriculum)
+    amended = (*ledger, Entry(edition, reason, ledger[-1].hash, sources))
+    ledger_schedule(amended, planner)
     return amended
 
 
-def ledger_schedule(ledger: Sequence[Entry]) -> Schedule:
-    """The schedule that the ledger's editions add up to."""
-    return build_schedule([entry.edition for entry in ledger])
+def ledger_schedule(ledger: Sequence[Entry], planner: Planner | None = None) -> Schedule:
+    """The schedule that the ledger's editions add up to; ``planner`` is ``planner_of`` a recipe."""
+    return build_schedule([entry.edition for entry in ledger], planner)
 
 
 def append_entries(path: Path, entries: Sequence[Entry]) -> None:
-    """Add entries at the end of the file, each on disk before this returns."""
-    with path.open("a") as file:
-        for entry in entries:
-            file.write(entry.line() + "\n")
+    """Add entries at the end of the file, all on disk before this returns.
+
+    A last line that was torn while being written goes: it never took effect.
+    """
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(entry.line() + "\n" for entry in entries).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def hold_ledger(path: Path) -> Iterator[None]:
+    """Keep every other process from appending. Not to be held for longer than an instant.
+
+    Ctrl-Z and the like wait meanwhile: a job that steps must not wait for a sleeping holder.
+    """
+    descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    patient = {signal.SIGINT, signal.SIGTERM, signal.SIGTSTP, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, patient)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read_ledger(path: Path) -> tuple[Entry, ...]:
@@ -99,6 +140,11 @@ def read_ledger(path: Path) -> tuple[Entry, ...]:
         text = path.read_text()
     except OSError as error:
         raise CheckpointError(f"{path}: the ledger cannot be read ({error.strerror})") from None
+    return parse_ledger(text, path)
+
+
+def parse_ledger(text: str, path: Path) -> tuple[Entry, ...]:
+    """The entries in a ledger's text; ``path`` is for messages. Raises like ``read_ledger``."""
     entries: list[Entry] = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
@@ -110,11 +156,17 @@ def read_ledger(path: Path) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def _curriculum(content: dict[str, Any]) -> Curriculum | VideoCurriculum:
+    """Phases of text have a sequence length, phases of video none."""
+    is_text = any("seq_length" in phase for phase in content["phases"])
+    return (Curriculum if is_text else VideoCurriculum).model_validate(content)
+
+
 def _read_entry(place: str, line: str, previous: str) -> Entry:
     try:
         row = json.loads(line)
-        edition = Edition(row["from_tokens"], Curriculum.model_validate(row["curriculum"]))
-        entry = Entry(edition, row["reason"], row["previous"])
+        edition = Edition(row["from_tokens"], _curriculum(row["curriculum"]))
+        entry = Entry(edition, row["reason"], row["previous"], row.get("sources"))
         claimed = row["hash"]
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(

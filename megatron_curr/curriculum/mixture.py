@@ -72,11 +72,16 @@ def mixture_segments(
     return segments
 
 
+def split_segment(num_samples: int, weights: Floats) -> list[Segment]:
+    """Samples of one set of weights, in segments no longer than may be; none for none."""
+    sizes = [MAX_SEGMENT_SAMPLES] * (num_samples // MAX_SEGMENT_SAMPLES)
+    if rest := num_samples % MAX_SEGMENT_SAMPLES:
+        sizes.append(rest)
+    return [Segment(size, weights) for size in sizes]
+
+
 def _append(segments: list[Segment], first: int, limit: int, weights: Floats) -> None:
-    while first < limit:
-        size = min(limit - first, MAX_SEGMENT_SAMPLES)
-        segments.append(Segment(size, weights))
-        first += size
+    segments += split_segment(max(limit - first, 0), weights)
 
 
 def largest_remainder(targets: Floats, total: int, *, low: Ints, high: Ints) -> Ints:

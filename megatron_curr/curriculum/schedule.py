@@ -1,25 +1,31 @@
 """The schedule: everything that changes over a run, as a function of consumed tokens.
 
-Phases are laid end to end on the token axis. Consecutive phases of one sequence length form a leg:
-samples on both sides of a boundary inside a leg may share a step, so such a boundary is honoured to
-the sample; where the length changes (and at the end) the leg is rounded to whole steps.
+Phases are laid end to end on the token axis, each made of units: samples of text, all of the
+phase's sequence length, or lots of video, whose tokens differ by source and shape. Consecutive
+phases of text of one sequence length form a leg, and so do all phases of video: units on both sides
+of a boundary inside a leg may share a step, so such a boundary is honoured to the unit. A leg of
+text is rounded to whole steps; the last step of a leg of video takes what is left.
+
+A step begins at the first unit that starts at or after a multiple of the batch, counted from the
+first of a row of steps with one batch. Units of one size make all those steps equal.
 
 A schedule is compiled from a chain of curricula, each valid from a token on (``Edition``): the
 first from 0, the others amendments. What an amendment cuts off keeps the order it was planned with,
-so no sample before it moves.
+so no unit before it moves.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from megatron_curr.curriculum.curves import Curve, Floats, Value, build_curve
+from megatron_curr.curriculum.lattice import EvenLattice, Lattice
+from megatron_curr.curriculum.phase_curves import PhaseCurves
+from megatron_curr.curriculum.planner import Planner, Span, TextPlanner
 from megatron_curr.errors import RecipeError
-from megatron_curr.recipe.phases import DEFAULT_WEIGHT_DECAY, Curriculum, Phase, normalised
+from megatron_curr.recipe.phases import Curriculum, RunPhase
+from megatron_curr.recipe.video_phases import VideoCurriculum
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ class Edition:
     """A curriculum and the token from which it is valid, on the same absolute token axis."""
 
     from_tokens: int
-    curriculum: Curriculum
+    curriculum: Curriculum | VideoCurriculum
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,33 +42,23 @@ class StepPlan:
 
     step: int  # steps before this one
     consumed_tokens: int  # tokens before this step
-    position: int  # the step's first sample
-    num_samples: int  # global batch, all ranks
-    seq_length: int
-    phase: str  # of the step's first sample
+    step_tokens: int  # that this step consumes
+    position: int  # the step's first unit
+    num_samples: int  # units of the global batch, all ranks; lots for video
+    phase: str  # of the step's first unit
     phase_index: int
     learning_rate: float
     weight_decay: float
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens that this step consumes."""
-        return self.num_samples * self.seq_length
+    def seq_length(self) -> int:
+        """Tokens of every sample; for video, of a lot on average."""
+        return self.step_tokens // self.num_samples
 
     @property
     def next_consumed_tokens(self) -> int:
         """The clock after this step."""
         return self.consumed_tokens + self.step_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseCurves:
-    """One phase's values over tokens."""
-
-    mixture: Curve[Floats]
-    batch_tokens: Curve[float]
-    learning_rate: Curve[float]
-    weight_decay: Curve[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,43 +68,51 @@ class Stretch:
     edition: int
     phase_index: int
     phase: str
-    seq_length: int
+    lattice: Lattice
     start_tokens: int
     start_position: int
-    planned_samples: int  # as this edition laid it out
+    planned_samples: int  # units, as this edition laid it out
     num_samples: int  # what is left of that once a later edition has cut it
     curves: PhaseCurves
 
     @property
+    def seq_length(self) -> int:
+        """Tokens of every sample of text."""
+        assert isinstance(self.lattice, EvenLattice)
+        return self.lattice.unit_tokens
+
+    @property
     def end_tokens(self) -> int:
         """The clock when this stretch is over."""
-        return self.start_tokens + self.num_samples * self.seq_length
+        return self.start_tokens + self.lattice.tokens_before(self.num_samples)
 
     @property
     def end_position(self) -> int:
-        """The first sample after this stretch."""
+        """The first unit after this stretch."""
         return self.start_position + self.num_samples
+
+    def consumed_at(self, position: int) -> int:
+        """The clock before this unit."""
+        return self.start_tokens + self.lattice.tokens_before(position - self.start_position)
+
+    def position_from(self, consumed_tokens: int) -> int:
+        """The first unit that starts at or after this token."""
+        return self.start_position + self.lattice.unit_from(consumed_tokens - self.start_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class StepRun:
-    """Equal steps in a row."""
+    """Steps of one batch in a row."""
 
     start_tokens: int
-    start_position: int
     start_step: int
     num_steps: int
-    num_samples: int  # per step
-    seq_length: int
-
-    @property
-    def end_tokens(self) -> int:
-        """The clock after the last of them."""
-        return self.start_tokens + self.num_steps * self.num_samples * self.seq_length
+    step_tokens: int  # the batch: of every step for text, on average for video
+    end_tokens: int  # the clock after the last of them
 
 
 class Schedule:
-    """The compiled curriculum of a run. ``at`` costs two bisections and keeps no state."""
+    """The compiled curriculum of a run. ``at`` costs a few bisections and keeps no state."""
 
     def __init__(
         self, sources: tuple[str, ...], planned: Sequence[Stretch], step_runs: Sequence[StepRun]
@@ -117,19 +121,11 @@ class Schedule:
         self.planned = tuple(planned)  # every stretch of every edition, cut ones too
         self.stretches = tuple(stretch for stretch in planned if stretch.num_samples)
         self.step_runs = tuple(step_runs)
+        self.total_tokens = self.stretches[-1].end_tokens if self.stretches else 0
+        self.total_samples = self.stretches[-1].end_position if self.stretches else 0
         self._stretch_starts = [stretch.start_tokens for stretch in self.stretches]
         self._stretch_positions = [stretch.start_position for stretch in self.stretches]
         self._run_starts = [run.start_tokens for run in self.step_runs]
-
-    @property
-    def total_tokens(self) -> int:
-        """The clock at the end."""
-        return self.stretches[-1].end_tokens if self.stretches else 0
-
-    @property
-    def total_samples(self) -> int:
-        """Samples in the whole run."""
-        return self.stretches[-1].end_position if self.stretches else 0
 
     @property
     def num_steps(self) -> int:
@@ -138,7 +134,7 @@ class Schedule:
         return sum(run.start_step + run.num_steps for run in last)
 
     def stretch_at(self, consumed_tokens: int) -> Stretch:
-        """The stretch that owns the sample starting at this token; the last one at the end."""
+        """The stretch that owns the unit starting at this token; the last one at the end."""
         return self.stretches[max(bisect_right(self._stretch_starts, consumed_tokens) - 1, 0)]
 
     def at(self, consumed_tokens: int) -> StepPlan:
@@ -148,17 +144,20 @@ class Schedule:
         """
         if not 0 <= consumed_tokens < self.total_tokens:
             raise ValueError(f"token {consumed_tokens} is outside the run of {self.total_tokens}")
-        stretch = self.stretch_at(consumed_tokens)
-        run = self.step_runs[bisect_right(self._run_starts, consumed_tokens) - 1]
-        steps, inside = divmod(consumed_tokens - run.start_tokens, run.num_samples * run.seq_length)
-        if inside:
+        run = self._run_at(consumed_tokens)
+        steps = (consumed_tokens - run.start_tokens) // run.step_tokens
+        if steps >= run.num_steps or self._edge(run, steps) != consumed_tokens:
             raise ValueError(f"no step starts at token {consumed_tokens}")
+        stretch = self.stretch_at(consumed_tokens)
+        position = stretch.position_from(consumed_tokens)
+        end_tokens = self._edge(run, steps + 1)
+        end_position = self._position_from(end_tokens)
         return StepPlan(
             step=run.start_step + steps,
             consumed_tokens=consumed_tokens,
-            position=run.start_position + steps * run.num_samples,
-            num_samples=run.num_samples,
-            seq_length=run.seq_length,
+            step_tokens=end_tokens - consumed_tokens,
+            position=position,
+            num_samples=end_position - position,
             phase=stretch.phase,
             phase_index=stretch.phase_index,
             learning_rate=stretch.curves.learning_rate.at(consumed_tokens),
@@ -169,20 +168,19 @@ class Schedule:
         """The clock at the start of the step that consumes this token; the end stays the end."""
         if consumed_tokens >= self.total_tokens:
             return self.total_tokens
-        run = self.step_runs[max(bisect_right(self._run_starts, consumed_tokens) - 1, 0)]
-        step_tokens = run.num_samples * run.seq_length
-        return consumed_tokens - (consumed_tokens - run.start_tokens) % step_tokens
+        run = self._run_at(consumed_tokens)
+        steps = (consumed_tokens - run.start_tokens) // run.step_tokens
+        edge = self._edge(run, min(steps, run.num_steps - 1))
+        return edge if edge <= consumed_tokens else self._edge(run, steps - 1)
 
     def position_of(self, consumed_tokens: int) -> int:
-        """The sample that contains this token."""
-        stretch = self.stretch_at(consumed_tokens)
-        inside = (consumed_tokens - stretch.start_tokens) // stretch.seq_length
-        return stretch.start_position + inside
+        """The unit that contains this token."""
+        return self.stretch_at(consumed_tokens).position_from(consumed_tokens + 1) - 1
 
     def consumed_at(self, position: int) -> int:
-        """Tokens consumed before this sample."""
+        """Tokens consumed before this unit."""
         stretch = self.stretches[max(bisect_right(self._stretch_positions, position) - 1, 0)]
-        return stretch.start_tokens + (position - stretch.start_position) * stretch.seq_length
+        return stretch.consumed_at(position)
 
     def weights_at(self, consumed_tokens: int) -> dict[str, float]:
         """The planned mixture, by source."""
@@ -192,108 +190,95 @@ class Schedule:
     def ended_at(self, consumed_tokens: int) -> Schedule:
         """The same schedule, over at this token, which must be a step's edge."""
         planned = [_cut(stretch, consumed_tokens) for stretch in self.planned]
-        return Schedule(self.sources, planned, _cut_runs(self.step_runs, consumed_tokens))
+        runs = [
+            _cut_run(run, consumed_tokens)
+            for run in self.step_runs
+            if run.start_tokens < consumed_tokens
+        ]
+        return Schedule(self.sources, planned, runs)
+
+    def _run_at(self, consumed_tokens: int) -> StepRun:
+        return self.step_runs[max(bisect_right(self._run_starts, consumed_tokens) - 1, 0)]
+
+    def _edge(self, run: StepRun, steps: int) -> int:
+        """The clock after the first ``steps`` steps of a run."""
+        if steps >= run.num_steps:
+            return run.end_tokens
+        tokens = run.start_tokens + steps * run.step_tokens
+        stretch = self.stretch_at(tokens)
+        return stretch.consumed_at(min(stretch.position_from(tokens), stretch.end_position))
+
+    def _position_from(self, consumed_tokens: int) -> int:
+        if consumed_tokens >= self.total_tokens:
+            return self.total_samples
+        return self.stretch_at(consumed_tokens).position_from(consumed_tokens)
 
 
-def build_schedule(editions: Curriculum | Sequence[Edition]) -> Schedule:
+def build_schedule(
+    editions: Curriculum | VideoCurriculum | Sequence[Edition], planner: Planner | None = None
+) -> Schedule:
     """Compile a curriculum, or a chain of them, into a schedule.
 
-    Raises ``RecipeError`` where a phase has no sample, a curve has no start, or an amendment does
-    not begin at a step's edge.
+    ``planner`` lays out video (``lots.VideoPlanner``); text brings its own. Raises ``RecipeError``
+    where a phase has no unit, a curve has no start, or an amendment does not begin at a step's
+    edge.
     """
-    if isinstance(editions, Curriculum):
+    if isinstance(editions, Curriculum | VideoCurriculum):
         editions = [Edition(0, editions)]
-    sources = _sources(edition.curriculum for edition in editions)
-    schedule = _compile(editions[0].curriculum, sources, edition=0, since=None)
+    if planner is None:
+        planner = TextPlanner([edition.curriculum.phases for edition in editions])
+    schedule = _compile(editions[0].curriculum.phases, planner, edition=0, since=None)
     for number, edition in enumerate(editions[1:], start=1):
         if schedule.step_start(edition.from_tokens) != edition.from_tokens:
             raise RecipeError(
                 f"no step starts at token {edition.from_tokens}: amend at a step's edge"
             )
         past = schedule.ended_at(edition.from_tokens)
-        future = _compile(edition.curriculum, sources, edition=number, since=past)
+        future = _compile(edition.curriculum.phases, planner, edition=number, since=past)
         schedule = Schedule(
-            sources, [*past.planned, *future.planned], [*past.step_runs, *future.step_runs]
+            planner.sources, [*past.planned, *future.planned], [*past.step_runs, *future.step_runs]
         )
     return schedule
 
 
-def _sources(curricula: Iterable[Curriculum]) -> tuple[str, ...]:
-    """Every source named in a mixture, in order of first mention."""
-    names: dict[str, None] = {}
-    for curriculum in curricula:
-        for phase in curriculum.phases:
-            spec = phase.mixture
-            for piece in spec if isinstance(spec, list) else [spec]:
-                tables = [piece] if isinstance(piece, dict) else []
-                if piece is not None and not isinstance(piece, dict):
-                    tables = [piece.from_ or {}, piece.to]
-                names.update(dict.fromkeys(name for table in tables for name in table))
-    return tuple(names)
-
-
-def _phase_curves(
-    phase: Phase, held: PhaseCurves | None, sources: tuple[str, ...], start: int, end: int
-) -> PhaseCurves:
-    def weights(table: object) -> Floats:
-        assert isinstance(table, dict)
-        shares = normalised(table)
-        return np.array([shares.get(name, 0.0) for name in sources])
-
-    def number(value: object) -> float:
-        assert isinstance(value, int | float)
-        return value
-
-    def curve(
-        field: str, before: Value | None, value_of: Callable[[object], Value]
-    ) -> Curve[Value]:
-        spec = getattr(phase, field)
-        try:
-            return build_curve(spec, before, start_tokens=start, end_tokens=end, value_of=value_of)
-        except ValueError as error:
-            raise RecipeError(f"curriculum.phases[{phase.name}].{field}: {error}") from None
-
-    decay = held.weight_decay.last if held else DEFAULT_WEIGHT_DECAY
-    return PhaseCurves(
-        mixture=curve("mixture", held.mixture.last if held else None, weights),
-        batch_tokens=curve("global_batch_tokens", held.batch_tokens.last if held else None, number),
-        learning_rate=curve("learning_rate", held.learning_rate.last if held else None, number),
-        weight_decay=curve("weight_decay", decay, number),
-    )
-
-
 def _compile(
-    curriculum: Curriculum, sources: tuple[str, ...], *, edition: int, since: Schedule | None
+    phases: Sequence[RunPhase], planner: Planner, *, edition: int, since: Schedule | None
 ) -> Schedule:
     """Lay out one edition from where ``since`` ends (from 0 without it)."""
-    layout = _Layout(sources, edition, since)
-    start_tokens = layout.tokens
-    edges = np.cumsum([0, *(phase.tokens for phase in curriculum.phases)]).tolist()
+    layout = _Layout(planner, edition, since)
+    start_tokens, end_tokens = layout.tokens, 0
     held: PhaseCurves | None = None
-    leg: list[tuple[int, Phase, PhaseCurves, int]] = []
-    for index, phase in enumerate(curriculum.phases):
-        held = _phase_curves(phase, held, sources, edges[index], edges[index + 1])
-        if phase.tokens < phase.seq_length:
-            raise RecipeError(
-                f"curriculum.phases[{phase.name}].tokens={phase.tokens} leaves no room for one "
-                f"sample of {phase.seq_length} tokens; make the phase longer"
-            )
-        if edges[index + 1] - start_tokens < phase.seq_length:
+    leg: list[_Planned] = []
+    for index, phase in enumerate(phases):
+        begin_tokens, end_tokens = end_tokens, end_tokens + phase.tokens
+        held = planner.curves(phase, held, start_tokens=begin_tokens, end_tokens=end_tokens)
+        if end_tokens - start_tokens < planner.smallest_unit_tokens(phase, held):
             continue  # over before this edition begins
-        if leg and leg[-1][1].seq_length != phase.seq_length:
+        if leg and planner.leg_of(leg[-1].phase) != planner.leg_of(phase):
             layout.lay(leg)
             leg = []
-        leg.append((index, phase, held, edges[index + 1]))
+        leg.append(_Planned(index, phase, held, end_tokens))
     if not leg:
         raise RecipeError(f"the amended curriculum ends before token {layout.tokens}")
     layout.lay(leg)
-    return Schedule(sources, layout.planned, layout.step_runs)
+    return Schedule(planner.sources, layout.planned, layout.step_runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A phase that is about to be laid out."""
+
+    index: int
+    phase: RunPhase
+    curves: PhaseCurves
+    end_tokens: int
 
 
 class _Layout:
     """Lays legs end to end; remembers where the last one stopped."""
 
-    def __init__(self, sources: tuple[str, ...], edition: int, since: Schedule | None) -> None:
+    def __init__(self, planner: Planner, edition: int, since: Schedule | None) -> None:
+        self.planner = planner
         self.edition = edition
         self.tokens = since.total_tokens if since else 0
         self.position = since.total_samples if since else 0
@@ -301,78 +286,100 @@ class _Layout:
         self.planned: list[Stretch] = []
         self.step_runs: list[StepRun] = []
 
-    def lay(self, leg: list[tuple[int, Phase, PhaseCurves, int]]) -> None:
-        """Add phases of one sequence length, then round them to whole steps."""
-        seq_length = leg[0][1].seq_length
-        leg_tokens, leg_position = self.tokens, self.position
-        start = leg_position
-        for index, phase, curves, end_tokens in leg:
-            end = max(leg_position + round((end_tokens - leg_tokens) / seq_length), start + 1)
-            start_tokens = leg_tokens + (start - leg_position) * seq_length
+    def lay(self, leg: list[_Planned]) -> None:
+        """Add phases that may share steps, and their steps."""
+        leg_tokens = tokens = self.tokens
+        position, first = self.position, len(self.planned)
+        for planned in leg:
+            lattice, num_units = self.planner.lay(
+                planned.phase, planned.curves, Span(tokens, planned.end_tokens, leg_tokens)
+            )
             stretch = Stretch(
                 edition=self.edition,
-                phase_index=index,
-                phase=phase.name,
-                seq_length=seq_length,
-                start_tokens=start_tokens,
-                start_position=start,
-                planned_samples=end - start,
-                num_samples=end - start,
-                curves=curves,
+                phase_index=planned.index,
+                phase=planned.phase.name,
+                lattice=lattice,
+                start_tokens=tokens,
+                start_position=position,
+                planned_samples=num_units,
+                num_samples=num_units,
+                curves=planned.curves,
             )
             self.planned.append(stretch)
-            self._reach(stretch, last=phase is leg[-1][1])
-            start = end
-        # The last phase takes up the rounding: it ends with the last step.
+            tokens, position = stretch.end_tokens, stretch.end_position
+        for stretch in self.planned[first:]:
+            self._reach(stretch, last=stretch is self.planned[-1])
         tail = self.planned[-1]
-        size = self.position - tail.start_position
-        self.planned[-1] = replace(tail, planned_samples=size, num_samples=size)
+        if self.planner.ends_on_whole_steps:
+            # The last phase takes up the rounding: it ends with the last step.
+            size = tail.lattice.unit_from(self.tokens - tail.start_tokens)
+            tail = replace(tail, planned_samples=size, num_samples=size)
+            self.planned[-1] = tail
+        self.position = tail.end_position
 
     def _reach(self, stretch: Stretch, *, last: bool) -> None:
         """Add the stretch's steps: past its end inside a leg, to the nearest edge at the leg's."""
         batch, end_tokens = stretch.curves.batch_tokens, stretch.end_tokens
         while self.tokens < end_tokens:
-            num_samples = int(batch.at(self.tokens)) // stretch.seq_length
-            if num_samples < 1:
-                raise RecipeError(
-                    f"curriculum.phases[{stretch.phase}].global_batch_tokens="
-                    f"{batch.at(self.tokens)} holds no sample of {stretch.seq_length} tokens"
-                )
-            step_tokens = num_samples * stretch.seq_length
+            step_tokens = self.planner.step_tokens(
+                stretch.phase, stretch.lattice, int(batch.at(self.tokens))
+            )
             change = batch.next_change(self.tokens, end_tokens)
             num_steps = -(-(change - self.tokens) // step_tokens)
             past_end = self.tokens + num_steps * step_tokens - end_tokens
+            is_last = last and past_end >= 0
             # More than half of the last step lies past the end: leave it out, unless the phase
             # would then be empty.
             if last and 2 * past_end > step_tokens:
                 num_steps -= 1
-                if self.tokens + num_steps * step_tokens <= stretch.start_tokens:
+                if self._would_be_empty(stretch, num_steps * step_tokens):
                     num_steps += 1
-                end_tokens = self.tokens
-            if num_steps:
-                self._add(num_steps, num_samples, stretch.seq_length)
+            run_tokens = num_steps * step_tokens
+            if is_last and not self.planner.ends_on_whole_steps:
+                # The last unit may be in the step before already.
+                while num_steps > 1 and self._edge_after(num_steps - 1, step_tokens) >= end_tokens:
+                    num_steps -= 1
+                run_tokens = end_tokens - self.tokens
+            self._add(num_steps, step_tokens, self._edge_from(self.tokens + run_tokens))
+            if is_last:
+                return
 
-    def _add(self, num_steps: int, num_samples: int, seq_length: int) -> None:
-        run = StepRun(self.tokens, self.position, self.step, num_steps, num_samples, seq_length)
-        self.step_runs.append(run)
-        self.tokens = run.end_tokens
-        self.position += num_steps * num_samples
+    def _would_be_empty(self, stretch: Stretch, run_tokens: int) -> bool:
+        if self.planner.ends_on_whole_steps:
+            return self.tokens + run_tokens <= stretch.start_tokens
+        return not run_tokens and not self.step_runs
+
+    def _edge_after(self, num_steps: int, step_tokens: int) -> int:
+        return self._edge_from(self.tokens + num_steps * step_tokens)
+
+    def _edge_from(self, tokens: int) -> int:
+        """The first edge of a unit at or after this token, in what is laid out."""
+        starts = [stretch.start_tokens for stretch in self.planned]
+        stretch = self.planned[bisect_right(starts, tokens) - 1]
+        return stretch.start_tokens + stretch.lattice.tokens_before(
+            stretch.lattice.unit_from(tokens - stretch.start_tokens)
+        )
+
+    def _add(self, num_steps: int, step_tokens: int, end_tokens: int) -> None:
+        """Add steps; without any, the step before takes what they would have held."""
+        if num_steps:
+            run = StepRun(self.tokens, self.step, num_steps, step_tokens, end_tokens)
+            self.step_runs.append(run)
+        elif end_tokens > self.tokens:
+            self.step_runs[-1] = replace(self.step_runs[-1], end_tokens=end_tokens)
+        self.tokens = end_tokens
         self.step += num_steps
 
 
 def _cut(stretch: Stretch, end_tokens: int) -> Stretch:
     if stretch.end_tokens <= end_tokens:
         return stretch
-    return replace(
-        stretch, num_samples=max(end_tokens - stretch.start_tokens, 0) // stretch.seq_length
-    )
+    left = stretch.lattice.unit_from(max(end_tokens - stretch.start_tokens, 0))
+    return replace(stretch, num_samples=left)
 
 
-def _cut_runs(step_runs: Sequence[StepRun], end_tokens: int) -> list[StepRun]:
-    cut = []
-    for run in step_runs:
-        step_tokens = run.num_samples * run.seq_length
-        num_steps = min(run.num_steps, max(end_tokens - run.start_tokens, 0) // step_tokens)
-        if num_steps:
-            cut.append(replace(run, num_steps=num_steps))
-    return cut
+def _cut_run(run: StepRun, end_tokens: int) -> StepRun:
+    if run.end_tokens <= end_tokens:
+        return run
+    num_steps = (end_tokens - run.start_tokens) // run.step_tokens
+    return replace(run, num_steps=num_steps, end_tokens=end_tokens)

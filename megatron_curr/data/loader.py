@@ -1,22 +1,13 @@
-"""Batches for one data-parallel rank: what a step reads, prepared ahead by one background thread.
+"""Batches of text for one data-parallel rank: what a step reads, and what is held out.
 
 Legend: B rows of a micro-batch, S tokens of a row.
-
-The loader keeps no position of its own. ``take(plan)`` gives the batches of the plan it is handed;
-the thread only guesses that the next plan is the schedule's next step. A wrong guess (a resume, an
-amendment) costs the prefetched work and nothing else.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -24,12 +15,11 @@ from torch import Tensor
 
 from megatron_curr.curriculum.schedule import Schedule, StepPlan
 from megatron_curr.data.order import SampleOrder
+from megatron_curr.data.read_ahead import PREFETCHED_STEPS, AheadLoader
 from megatron_curr.data.shards import ShardSet
 from megatron_curr.data.windows import Ints, Row, Windows, cut_rows, cut_windows
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.schema import Recipe
-
-PREFETCHED_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +38,8 @@ class Batch:
         return self.tokens_BS.shape[1]
 
 
-class Loader:
-    """Reads this rank's share of every step; a context manager, as its thread wants closing.
+class Loader(AheadLoader[Batch]):
+    """Reads this rank's share of every step of a text run.
 
     ``shard_sets`` is by source name. A rank reads the ``dp_rank``-th of ``dp_size`` equal runs of a
     step's positions, in micro-batches of ``micro_batch_tokens``. With a ``vocab_size``, every id
@@ -69,7 +59,6 @@ class Loader:
         vocab_size: int | None = None,
         prefetched_steps: int = PREFETCHED_STEPS,
     ) -> None:
-        self.last_wait_s = 0.0  # how long the last ``take`` waited for its data
         numbered_sets = [shard_sets[source] for source in order.sources]
         isolate_documents = recipe.data.isolate_documents
 
@@ -83,36 +72,7 @@ class Loader:
             )
             return _split(windows, samples.source, samples.position, rows=rows)
 
-        def following(plan: StepPlan) -> StepPlan | None:
-            clock = plan.next_consumed_tokens
-            on_edge = clock < schedule.total_tokens and schedule.step_start(clock) == clock
-            return schedule.at(clock) if on_edge else None
-
-        self._ahead = _ReadAhead(read, following, max_steps=prefetched_steps)
-        # Also at interpreter exit, so that a loader nobody closed does not hang the process.
-        self._finalizer = weakref.finalize(self, self._ahead.close)
-
-    def take(self, plan: StepPlan) -> list[Batch]:
-        """This rank's micro-batches of a step, in order. Raises what reading them raised."""
-        started_at = time.monotonic()
-        batches = self._ahead.take(plan)
-        self.last_wait_s = time.monotonic() - started_at
-        return batches
-
-    def close(self) -> None:
-        """Stop the thread and drop what it prepared; more than once is fine."""
-        self._finalizer()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().__init__(read, schedule, prefetched_steps=prefetched_steps)
 
 
 def micro_batch_rows(plan: StepPlan, *, dp_size: int, micro_batch_tokens: int) -> int:
@@ -205,72 +165,3 @@ def _split(windows: Windows, sources: Ints, positions: Ints, *, rows: int) -> li
         Batch(*(None if part is None else part[number] for part in parts))  # type: ignore[arg-type]
         for number in range(len(sources) // rows)
     ]
-
-
-class _ReadAhead:
-    """One thread that reads the step it is told to, then the following ones, a few ahead."""
-
-    def __init__(
-        self,
-        read: Callable[[StepPlan], list[Batch]],
-        following: Callable[[StepPlan], StepPlan | None],
-        *,
-        max_steps: int,
-    ) -> None:
-        self._read = read
-        self._following = following
-        self._max_steps = max_steps
-        self._changed = threading.Condition()
-        # In the order of the steps; an exception stands for the batches it kept from being read.
-        self._ready: deque[tuple[StepPlan, list[Batch] | BaseException]] = deque()
-        self._next: StepPlan | None = None  # what the thread reads now, or will when there is room
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
-        self._thread.start()
-
-    def take(self, plan: StepPlan) -> list[Batch]:
-        with self._changed:
-            expected = self._ready[0][0] if self._ready else self._next
-            if expected != plan:
-                self._ready.clear()
-                self._next = plan
-                self._changed.notify_all()
-            while not self._ready:
-                if self._closed:
-                    raise RuntimeError("the loader is closed")
-                self._changed.wait()
-            found = self._ready.popleft()[1]
-            self._changed.notify_all()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and (
-                    self._next is None or len(self._ready) >= self._max_steps
-                ):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                plan = self._next
-            assert plan is not None
-            found: list[Batch] | BaseException
-            try:
-                found, next_plan = self._read(plan), self._following(plan)
-            except BaseException as error:  # for the thread that takes this step, not for this one
-                found, next_plan = error, None
-            with self._changed:
-                if self._next is plan:  # else another plan was asked for meanwhile
-                    self._ready.append((plan, found))
-                    self._next = next_plan
-                    self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join()

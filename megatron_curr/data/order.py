@@ -90,6 +90,11 @@ class SampleOrder:
         self.readings = self._lay_readings()
         self._starts = np.array([reading.start_position for reading in self.readings])
 
+    @property
+    def num_groups(self) -> int:
+        """Losses are told apart by source."""
+        return len(self.sources)
+
     # -- position -> sample
 
     def lookup(self, positions: Ints) -> Samples:

@@ -47,6 +47,8 @@ class CoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -68,8 +70,13 @@ class CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
-        """Attention of ``query`` [S, B, N, H] over ``key``, ``value`` [S, B, G, H]: [S, B, N*H]."""
+        """Attention of ``query`` [S, B, N, H] over ``key``, ``value`` [S, B, G, H]: [S, B, N*H].
+
+        With ``num_tokens``, for full attention: what comes after them in the whole sequence is
+        padding, and nothing attends to it.
+        """
         assert attention_bias is None and packed_seq_params is None
         out_SBNH = attention(
             query,
@@ -77,6 +84,7 @@ class CoreAttention(MegatronModule):
             value,
             softmax_scale=self.softmax_scale,
             document_ids_BS=attention_mask,
+            num_tokens=num_tokens,
             is_causal=_MASKS[attn_mask_type or self.attn_mask_type],
             exchange=self.exchange,
         )

@@ -15,7 +15,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_curr.models.attention import CoreAttention
-from megatron_curr.models.norms import ApexRMSNorm, RMSNorm
+from megatron_curr.models.norms import ApexRMSNorm, LayerNorm, RMSNorm
 
 
 @cache
@@ -45,7 +45,9 @@ class Backend(LocalSpecProvider):
     """megatron-core's tensor-parallel linears with our norm and attention core."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """Our RMS norm, or Apex's kernel for it."""
+        """Our norms, or Apex's kernel for the RMS norm."""
+        if not rms_norm:
+            return LayerNorm
         return ApexRMSNorm if have_apex() else RMSNorm
 
     def core_attention(self) -> type:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_curr.parallel.full_tensors import Axis, Cut, axis_of, cut_of, named_full_parameters
 from megatron_curr.parallel.groups import Groups
@@ -25,34 +26,45 @@ _PROJECTIONS_INTO_RESIDUAL = (".linear_proj.weight", ".linear_fc2.weight")
 
 @torch.no_grad()
 def initialise_weights(
-    chunk: nn.Module, *, groups: Groups, seed: int, std: float, num_layers: int
+    chunk: nn.Module, *, groups: Groups, seed: int, spread: Callable[[str, Tensor], float | None]
 ) -> None:
-    """Fill one pipeline chunk in place: matrices normal, norms one, biases zero.
+    """Fill one pipeline chunk in place.
+
+    ``spread`` gives the standard deviation of a parameter, by its name in the whole model: normals,
+    or where it is None ones, and zeros for biases.
+    """
+    for name, parameter in named_full_parameters(chunk):
+        std = spread(name, parameter)
+        if std is not None:
+            _fill_normal(
+                parameter.view(parameter.shape[0] if parameter.dim() > 1 else 1, -1),
+                cut=cut_of(parameter),
+                axis=axis_of(name, groups),
+                key=_key(seed, name),
+                std=std,
+            )
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.fill_(1.0)
+
+
+def matrix_spread(name: str, parameter: Tensor, *, std: float, num_layers: int) -> float | None:
+    """``std`` for matrices, nothing for biases and norms.
 
     Matrices that write into the residual stream are narrower by sqrt(2 num_layers), as GPT-2's and
     Megatron's are.
     """
-    for name, parameter in named_full_parameters(chunk):
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            scaled = name.endswith(_PROJECTIONS_INTO_RESIDUAL)
-            _fill_normal(
-                parameter,
-                cut=cut_of(parameter),
-                axis=axis_of(name, groups),
-                key=_key(seed, name),
-                std=std / math.sqrt(2 * num_layers) if scaled else std,
-            )
+    if parameter.dim() == 1 or name.endswith("bias"):
+        return None
+    return std / math.sqrt(2 * num_layers) if name.endswith(_PROJECTIONS_INTO_RESIDUAL) else std
 
 
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest())
 
 
-def _fill_normal(parameter: nn.Parameter, *, cut: Cut, axis: Axis, key: int, std: float) -> None:
+def _fill_normal(parameter: Tensor, *, cut: Cut, axis: Axis, key: int, std: float) -> None:
     """Write this rank's part of the full [rows, columns] matrix, a block of full rows at a time."""
     size = axis.size if cut.dim is not None else 1
     rank = axis.rank if cut.dim is not None else 0
@@ -63,7 +75,8 @@ def _fill_normal(parameter: nn.Parameter, *, cut: Cut, axis: Axis, key: int, std
             block_start = block * rows_per_block
             start = max(first_row, block_start)
             end = min(full_rows, block_start + rows_per_block)
-            normals = _normals(key, block, shape=(rows_per_block, num_columns))
+            # Of the block's stream, as far as it is needed.
+            normals = _normals(key, block, shape=(end - block_start, num_columns))
             rows = torch.from_numpy(normals[start - block_start : end - block_start]) * std
             if cut.dim == 1:
                 rows = cut.part(rows, rank=rank, size=size)

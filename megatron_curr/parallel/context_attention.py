@@ -51,6 +51,7 @@ def attention(
     *,
     softmax_scale: float,
     document_ids_BS: Tensor | None = None,
+    num_tokens: int | None = None,
     is_causal: bool = True,
     exchange: ContextExchange | None = None,
 ) -> Tensor:
@@ -58,9 +59,12 @@ def attention(
 
     ``document_ids_BS`` covers the whole sequence, on every rank alike. A token then attends only to
     tokens with its own id. Ids need not be ordered or consecutive, but tiles of the score matrix
-    are skipped by their least and greatest ids, so ordered ones save most.
+    are skipped by their least and greatest ids, so ordered ones save most. In full attention, what
+    comes after the first ``num_tokens`` of the whole sequence is padding that nothing attends to.
     """
+    assert num_tokens is None or (document_ids_BS is None and not is_causal)
     if exchange is None and document_ids_BS is None:
+        k_SBGH, v_SBGV = k_SBGH[:num_tokens], v_SBGV[:num_tokens]
         return _on_one_rank(
             q_SBNH, k_SBGH, v_SBGV, softmax_scale=softmax_scale, is_causal=is_causal
         )
@@ -71,6 +75,7 @@ def attention(
         softmax_scale=softmax_scale,
         is_causal=is_causal,
         document_ids_BS=document_ids_BS,
+        num_tokens=num_tokens,
     )
     # Keys and values side by side are one message, and free the projection they are slices of.
     kv_SBGU = torch.cat([k_SBGH, v_SBGV], dim=-1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_curr.parallel.context_split import split_sequence
+from megatron_curr.parallel.context_split import count_before, split_sequence
 
 TILE_LENGTH = 256
 
@@ -40,7 +40,8 @@ class Block:
 class Deal:
     """Which scores a rank computes: its queries against the keys of each source rank.
 
-    ``document_ids_BS`` covers the whole sequence and is dealt as the sequence is.
+    ``document_ids_BS`` covers the whole sequence and is dealt as the sequence is. Of full attention
+    only the first ``num_tokens`` keys of the whole sequence count; the rest is padding.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Deal:
     softmax_scale: float
     is_causal: bool
     document_ids_BS: Tensor | None
+    num_tokens: int | None = None
 
     def block(self, source: int, *, length: int) -> Block:
         """The scores of this rank's queries against one rank's keys, each ``length`` long.
@@ -59,8 +61,15 @@ class Deal:
         aim.
         """
         whole, half = slice(0, length), length // 2
-        if not self.is_causal or source == self.rank:
-            return Block(whole, whole, self.is_causal)
+        if not self.is_causal:
+            # Dealt in order, a rank's padding comes after all its tokens: no mask, fewer keys.
+            num_tokens = length * self.size if self.num_tokens is None else self.num_tokens
+            keys = count_before(
+                num_tokens, seq_length=length * self.size, cp_rank=source, cp_size=self.size
+            )
+            return Block(whole, slice(0, keys), False)
+        if source == self.rank:
+            return Block(whole, whole, True)
         if source < self.rank:
             return Block(whole, slice(0, half), False)
         return Block(slice(half, length), whole, False)
@@ -159,6 +168,8 @@ def attend_backward(
 def _blocks(q_XRSH: Tensor, v_XTV: Tensor, *, deal: Deal, source: int) -> Iterator[Block]:
     """The deal's block, or its tiles where documents or the kernels ask for them."""
     block = deal.block(source, length=q_XRSH.shape[2])
+    if block.keys.stop == 0:
+        return
     is_fusible = _is_fusible(q_XRSH, v_XTV)
     ids, key_ids = deal.ids_of(deal.rank), deal.ids_of(source)
     if ids is None or key_ids is None:

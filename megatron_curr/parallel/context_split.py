@@ -29,6 +29,17 @@ def local_positions(seq_length: int, *, cp_rank: int, cp_size: int) -> Tensor:
     return torch.cat([chunks[index] for index in chunks_of_rank(cp_rank, cp_size)])
 
 
+def count_before(end: int, *, seq_length: int, cp_rank: int, cp_size: int) -> int:
+    """How many of a rank's tokens lie before place ``end`` of the whole: its first ones."""
+    if cp_size == 1:
+        return min(end, seq_length)
+    chunk_length = seq_length // (2 * cp_size)
+    return sum(
+        min(max(end - chunk * chunk_length, 0), chunk_length)
+        for chunk in chunks_of_rank(cp_rank, cp_size)
+    )
+
+
 def split_sequence(whole: Tensor, *, cp_rank: int, cp_size: int, dim: int) -> Tensor:
     """A rank's part of the whole sequence along ``dim``; no communication."""
     if cp_size == 1:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import lcm
 
-from megatron_curr.recipe.phases import BatchPiece, MixturePiece, Phase, Piece
+from megatron_curr.recipe.phases import BatchPiece, MixturePiece, Piece, RunPhase
 from megatron_curr.recipe.problems import Problem
 from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import phase_path, use
 from megatron_curr.recipe.yaml_lines import Path
 
 
-def pieces_of(phase: Phase, curve: str) -> Iterator[tuple[Path, Piece | BatchPiece | MixturePiece]]:
+def pieces_of(
+    phase: RunPhase, curve: str
+) -> Iterator[tuple[Path, Piece | BatchPiece | MixturePiece]]:
     """The pieces of one curve, each with its path inside the phase; none for a plain value."""
     entry = getattr(phase, curve)
     if isinstance(entry, list):

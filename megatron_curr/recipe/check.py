@@ -5,51 +5,55 @@ Everything that is wrong is found in one pass; each problem names the value that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import lcm
 
 from megatron_curr.recipe.batch_rules import batches, pieces_of
 from megatron_curr.recipe.layout_rules import layout_problems, rank_problems
 from megatron_curr.recipe.nearest_layouts import refuse_layout
-from megatron_curr.recipe.phases import MixturePiece, Phase, Piece
+from megatron_curr.recipe.phases import MixturePiece, Piece, RunPhase
 from megatron_curr.recipe.problems import Problem, did_you_mean, refusal
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import Recipe, RunRecipe
+from megatron_curr.recipe.video_phases import TASKS
+from megatron_curr.recipe.video_rules import video_problems
+from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.recipe.wording import either, phase_path
 from megatron_curr.recipe.yaml_lines import Path
 
 CURVES = ("mixture", "global_batch_tokens", "learning_rate", "weight_decay")
+VIDEO_CURVES = (*CURVES, "buckets", "tasks", "timestep_shift")
 _LAYOUT = "parallel"
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: RunRecipe) -> None:
     """Raises ``RecipeError`` that lists every rule the recipe breaks, whatever the ranks."""
     if problems := recipe_problems(recipe):
         raise refuse_layout(recipe, problems) if layout_problems(recipe) else refusal(problems)
 
 
-def check_layout(recipe: Recipe, world_size: int) -> None:
+def check_layout(recipe: RunRecipe, world_size: int) -> None:
     """Raises ``RecipeError`` when this many ranks cannot run the recipe's layout and batches."""
     if problems := rank_problems(recipe, world_size):
         raise refuse_layout(recipe, problems, world_size=world_size)
 
 
-def recipe_problems(recipe: Recipe) -> list[Problem]:
+def recipe_problems(recipe: RunRecipe) -> list[Problem]:
     """Every rule the recipe breaks; empty for a sound one."""
-    rules = (
-        _phase_names,
-        _first_phase,
-        _mixture_sources,
-        _rates,
-        _pieces,
-        _sequence_lengths,
-        batches,
-        layout_problems,
-        _evaluation_window,
-    )
-    return [problem for rule in rules for problem in rule(recipe)]
+    shared = (_phase_names, _first_phase, _weight_names, _rates, _pieces, layout_problems)
+    problems = [problem for rule in shared for problem in rule(recipe)]
+    if isinstance(recipe, Recipe):
+        for text_rule in (_sequence_lengths, batches, _evaluation_window):
+            problems += text_rule(recipe)
+    if isinstance(recipe, VideoRecipe):
+        problems += video_problems(recipe)
+    return problems
 
 
-def _phase_names(recipe: Recipe) -> Iterator[Problem]:
+def _curves_of(recipe: RunRecipe) -> tuple[str, ...]:
+    return VIDEO_CURVES if isinstance(recipe, VideoRecipe) else CURVES
+
+
+def _phase_names(recipe: RunRecipe) -> Iterator[Problem]:
     first_with: dict[str, int] = {}
     for index, phase in enumerate(recipe.curriculum.phases):
         if phase.name in first_with:
@@ -61,9 +65,9 @@ def _phase_names(recipe: Recipe) -> Iterator[Problem]:
         first_with.setdefault(phase.name, index)
 
 
-def _first_phase(recipe: Recipe) -> Iterator[Problem]:
+def _first_phase(recipe: RunRecipe) -> Iterator[Problem]:
     first = recipe.curriculum.phases[0]
-    for curve in CURVES:
+    for curve in _curves_of(recipe):
         if getattr(first, curve) is None:
             yield Problem(
                 phase_path(0, curve), "missing; the first phase has no value to hold, so give one"
@@ -76,28 +80,42 @@ def _first_phase(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _mixture_sources(recipe: Recipe) -> Iterator[Problem]:
-    known = list(recipe.data.sources)
-    for index, phase in enumerate(recipe.curriculum.phases):
-        named: list[tuple[Path, dict[str, float]]] = []
-        if isinstance(phase.mixture, dict):
-            named.append((("mixture",), phase.mixture))
-        for path, piece in pieces_of(phase, "mixture"):
-            assert isinstance(piece, MixturePiece)
-            named += [((*path, "from"), piece.from_ or {}), ((*path, "to"), piece.to)]
-        for path, weights in named:
-            for source in weights:
-                if source not in recipe.data.sources:
-                    yield Problem(
-                        phase_path(index, *path, source),
-                        f"no such source in data.sources; "
-                        f"{did_you_mean(source, known, what='sources')}",
-                    )
+def _weight_names(recipe: RunRecipe) -> Iterator[Problem]:
+    """Weights are of things that the recipe has."""
+    tables: dict[str, tuple[str, Sequence[str]]] = {}
+    if isinstance(recipe, Recipe | VideoRecipe):
+        tables["mixture"] = "source in data.sources", list(recipe.data.sources)
+    if isinstance(recipe, VideoRecipe):
+        tables["buckets"] = "bucket in data.buckets", list(recipe.data.buckets)
+        tables["tasks"] = "task", TASKS
+    for curve, (what, known) in tables.items():
+        for index, phase in enumerate(recipe.curriculum.phases):
+            for path, weights in _weights_of(phase, curve):
+                for name in weights:
+                    if name not in known:
+                        yield Problem(
+                            phase_path(index, *path, name),
+                            f"no such {what}; "
+                            f"{did_you_mean(name, known, what=f'{what.split()[0]}s')}",
+                        )
 
 
-def _rates(recipe: Recipe) -> Iterator[Problem]:
+def _weights_of(phase: RunPhase, curve: str) -> Iterator[tuple[Path, dict[str, float]]]:
+    """Every table of weights of a curve, each with its path inside the phase."""
+    entry = getattr(phase, curve)
+    if isinstance(entry, dict):
+        yield (curve,), entry
+    for path, piece in pieces_of(phase, curve):
+        assert isinstance(piece, MixturePiece)
+        yield (*path, "from"), piece.from_ or {}
+        yield (*path, "to"), piece.to
+
+
+def _rates(recipe: RunRecipe) -> Iterator[Problem]:
     for index, phase in enumerate(recipe.curriculum.phases):
-        for curve in ("learning_rate", "weight_decay"):
+        for curve in ("learning_rate", "weight_decay", "timestep_shift"):
+            if curve not in type(phase).model_fields:
+                continue
             entry = getattr(phase, curve)
             values: list[tuple[Path, float | None]] = []
             if isinstance(entry, float):
@@ -110,13 +128,13 @@ def _rates(recipe: Recipe) -> Iterator[Problem]:
                     yield Problem(phase_path(index, *path), f"found {value}; must be 0 or more")
 
 
-def _pieces(recipe: Recipe) -> Iterator[Problem]:
+def _pieces(recipe: RunRecipe) -> Iterator[Problem]:
     for index, phase in enumerate(recipe.curriculum.phases):
-        for curve in CURVES:
+        for curve in _curves_of(recipe):
             yield from _pieces_fit(index, phase, curve)
 
 
-def _pieces_fit(index: int, phase: Phase, curve: str) -> Iterator[Problem]:
+def _pieces_fit(index: int, phase: RunPhase, curve: str) -> Iterator[Problem]:
     pieces = list(pieces_of(phase, curve))
     for path, piece in pieces[:-1]:
         if piece.over is None:

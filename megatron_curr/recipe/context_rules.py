@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.problems import Problem
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import RunRecipe
+from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.wording import divisors
 
 
-def hierarchical_choices(model: Model, parallel: Parallel) -> list[list[int]]:
+def hierarchical_choices(model: Model | VideoDiT, parallel: Parallel) -> list[list[int]]:
     """Every [all-to-all, ring] pair of sizes for ``a2a+p2p``, largest all-to-all first.
 
     An all-to-all deals key/value heads out, so its size divides those of a tensor rank.
@@ -25,7 +26,7 @@ def hierarchical_choices(model: Model, parallel: Parallel) -> list[list[int]]:
     ]
 
 
-def hierarchical_sizes(model: Model, parallel: Parallel) -> list[int] | None:
+def hierarchical_sizes(model: Model | VideoDiT, parallel: Parallel) -> list[int] | None:
     """The recipe's sizes, else the largest all-to-all; None where the exchange is another."""
     if parallel.context_parallel_exchange != "a2a+p2p" or parallel.context_parallel_size == 1:
         return None
@@ -34,7 +35,7 @@ def hierarchical_sizes(model: Model, parallel: Parallel) -> list[int] | None:
     return next(iter(hierarchical_choices(model, parallel)), None)
 
 
-def context_exchange_problems(recipe: Recipe) -> Iterator[Problem]:
+def context_exchange_problems(recipe: RunRecipe) -> Iterator[Problem]:
     """Rules of ``parallel.context_parallel_exchange``, which is unused on one context rank."""
     model, parallel = recipe.model, recipe.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size

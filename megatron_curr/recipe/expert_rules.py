@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.model_rules import expert_groups
 from megatron_curr.recipe.problems import Problem
 from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.wording import divisors, either
@@ -16,6 +17,9 @@ _FOR_EXPERTS = (
     "moe_shared_expert_intermediate_size",
     "moe_aux_loss_coeff",
     "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
 )
 
 
@@ -36,6 +40,7 @@ def experts(recipe: Recipe) -> Iterator[Problem]:
             f"found {model.moe_router_topk}; the model has {count} experts: use {count} or fewer",
         )
     yield from _scores(model)
+    yield from expert_groups(model)
     if isinstance(model.moe_layer_freq, list):
         if len(model.moe_layer_freq) != model.num_layers:
             yield Problem(

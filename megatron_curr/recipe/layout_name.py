@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -31,7 +31,9 @@ from megatron_curr.recipe.layout_rules import rank_problems
 from megatron_curr.recipe.nearest_layouts import MOST, nearest_layouts
 from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.problems import Problem, problems_of, refusal
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import Recipe, RunRecipe
+
+AnyRun = TypeVar("AnyRun", bound=RunRecipe)
 
 ONE_RANK = "1"
 AS_RECIPE = "recipe"
@@ -76,12 +78,12 @@ class Layout:
     parallel: Parallel
     num_ranks: int
 
-    def recipe(self, recipe: Recipe) -> Recipe:
+    def recipe(self, recipe: AnyRun) -> AnyRun:
         """The recipe on this layout."""
         return recipe.model_copy(update={"parallel": self.parallel})
 
 
-def parse_layout(name: str, recipe: Recipe) -> Layout:
+def parse_layout(name: str, recipe: RunRecipe) -> Layout:
     """The layout of this name for the recipe; whether the model admits it is not looked at.
 
     Ranks are the fewest that hold the layout, times the data parallelism it names. Raises
@@ -131,7 +133,7 @@ def name_of(parallel: Parallel, num_ranks: int) -> str:
     return "".join(parts) or ONE_RANK
 
 
-def check_layouts(layouts: Sequence[Layout], recipe: Recipe) -> None:
+def check_layouts(layouts: Sequence[Layout], recipe: RunRecipe) -> None:
     """Raise ``RecipeError`` listing what stops each layout that the recipe does not admit."""
     lines = []
     for layout in layouts:
@@ -144,11 +146,13 @@ def check_layouts(layouts: Sequence[Layout], recipe: Recipe) -> None:
         raise RecipeError("\n".join(lines))
 
 
-def _problems(layout: Layout, recipe: Recipe) -> list[Problem]:
+def _problems(layout: Layout, recipe: RunRecipe) -> list[Problem]:
     """Why the recipe cannot run on this layout; empty when it can."""
     moved = layout.recipe(recipe)
     if problems := recipe_problems(moved) or rank_problems(moved, layout.num_ranks):
         return problems
+    if not isinstance(recipe, Recipe):
+        return []
     multiple, tp = (
         recipe.model.make_vocab_size_divisible_by,
         layout.parallel.tensor_model_parallel_size,
@@ -164,7 +168,7 @@ def _problems(layout: Layout, recipe: Recipe) -> list[Problem]:
     ]
 
 
-def _nearest(layout: Layout, recipe: Recipe) -> list[str]:
+def _nearest(layout: Layout, recipe: RunRecipe) -> list[str]:
     """Names of the layouts most like this one that the recipe admits, nearest first."""
     moved = layout.recipe(recipe)
     names = []

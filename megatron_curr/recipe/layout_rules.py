@@ -8,29 +8,29 @@ from math import gcd, lcm
 from megatron_curr.recipe.batch_rules import batches_over_ranks
 from megatron_curr.recipe.context_rules import context_exchange_problems
 from megatron_curr.recipe.expert_rules import expert_ranks, expert_split, experts
+from megatron_curr.recipe.model_rules import architecture
 from megatron_curr.recipe.problems import Problem
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import Recipe, RunRecipe
+from megatron_curr.recipe.video_rules import lots_over_ranks, video_layout_problems
+from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.recipe.wording import divisors, either, phase_path, use
 
 _LAYOUT = "parallel"
 
 
-def layout_problems(recipe: Recipe) -> list[Problem]:
+def layout_problems(recipe: RunRecipe) -> list[Problem]:
     """Every rule that the layout breaks, whatever the number of ranks."""
-    rules = (
-        _tensor_split,
-        _pipeline_split,
-        _context_split,
-        context_exchange_problems,
-        experts,
-        expert_split,
-        _overlap,
-        _recompute,
-    )
-    return [problem for rule in rules for problem in rule(recipe)]
+    shared = (_tensor_split, _pipeline_split, context_exchange_problems, _overlap, _recompute)
+    problems = [problem for rule in shared for problem in rule(recipe)]
+    if isinstance(recipe, Recipe):
+        for text_rule in (_context_split, architecture, experts, expert_split):
+            problems += text_rule(recipe)
+    if isinstance(recipe, VideoRecipe):  # whose sequences are padded to what the layout needs
+        problems += video_layout_problems(recipe)
+    return problems
 
 
-def rank_problems(recipe: Recipe, world_size: int) -> list[Problem]:
+def rank_problems(recipe: RunRecipe, world_size: int) -> list[Problem]:
     """Why this many ranks cannot run the layout and its batches; empty when they can."""
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -43,10 +43,13 @@ def rank_problems(recipe: Recipe, world_size: int) -> list[Problem]:
                 f"= {size} ranks; start {either(world_size, size)} ranks, or change the layout",
             )
         ]
+    if isinstance(recipe, VideoRecipe):
+        return [*lots_over_ranks(recipe, world_size // size)]
+    assert isinstance(recipe, Recipe)
     return [*expert_ranks(recipe, world_size), *batches_over_ranks(recipe, world_size // size)]
 
 
-def model_ranks(recipe: Recipe) -> int:
+def model_ranks(recipe: RunRecipe) -> int:
     """Ranks that hold one model between them."""
     parallel = recipe.parallel
     return (
@@ -56,7 +59,7 @@ def model_ranks(recipe: Recipe) -> int:
     )
 
 
-def _tensor_split(recipe: Recipe) -> Iterator[Problem]:
+def _tensor_split(recipe: RunRecipe) -> Iterator[Problem]:
     model, tp = recipe.model, recipe.parallel.tensor_model_parallel_size
     path = (_LAYOUT, "tensor_model_parallel_size")
     heads, groups = model.num_attention_heads, model.num_query_groups
@@ -81,7 +84,7 @@ def _tensor_split(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _pipeline_split(recipe: Recipe) -> Iterator[Problem]:
+def _pipeline_split(recipe: RunRecipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     pp, chunks = (
         parallel.pipeline_model_parallel_size,
@@ -114,7 +117,7 @@ def _pipeline_split(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _uneven_stages(recipe: Recipe, ends: dict[str, int]) -> Iterator[Problem]:
+def _uneven_stages(recipe: RunRecipe, ends: dict[str, int]) -> Iterator[Problem]:
     """The stages of given size, and the others, which share what is left evenly."""
     parallel, layers = recipe.parallel, recipe.model.num_layers
     pp = parallel.pipeline_model_parallel_size
@@ -161,7 +164,7 @@ def _context_split(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _overlap(recipe: Recipe) -> Iterator[Problem]:
+def _overlap(recipe: RunRecipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     path = (_LAYOUT, "overlap_param_gather")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
@@ -170,7 +173,7 @@ def _overlap(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(path, "true needs overlap_grad_reduce: true as well; set it")
 
 
-def _recompute(recipe: Recipe) -> Iterator[Problem]:
+def _recompute(recipe: RunRecipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     for field, granularity in (
         ("recompute_method", "full"),
@@ -195,7 +198,7 @@ def _recompute(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _held_layers(recipe: Recipe) -> set[int]:
+def _held_layers(recipe: RunRecipe) -> set[int]:
     """Layers of a pipeline stage, or of a virtual stage where there are any; as many as differ."""
     parallel = recipe.parallel
     ends = [

@@ -11,18 +11,26 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import recipe_problems
 from megatron_curr.recipe.layout_rules import layout_problems
+from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.nearest_layouts import refuse_layout
 from megatron_curr.recipe.problems import did_you_mean, problems_of, refusal
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import Recipe, RunRecipe
+from megatron_curr.recipe.section import Section
+from megatron_curr.recipe.video_model import VideoDiT
+from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.recipe.yaml_lines import Path as KeyPath
 from megatron_curr.recipe.yaml_lines import dump_yaml, parse_yaml
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+VIDEO_PREFIX = "dit_"  # of every preset of a video model
 
 DECIDES_WHAT_IS_TRAINED = (
     "seed",
@@ -30,7 +38,9 @@ DECIDES_WHAT_IS_TRAINED = (
     "data",
     "curriculum",
     "optimizer",
+    "objective",
     "training.precision",
+    "training.ema_decay",
 )
 MAY_CHANGE_ON_RESUME = (
     "parallel",
@@ -39,6 +49,8 @@ MAY_CHANGE_ON_RESUME = (
     "logging",
     "run_folder",
     "training.max_nonfinite_steps",
+    "training.hang_step_multiple",
+    "training.hang_least_s",
 )
 # The preset only names where the model's numbers came from; the numbers themselves are compared.
 NEVER_COMPARED = ("model.preset",)
@@ -60,28 +72,14 @@ class Difference:
         return f"{change}; put the old value back, or start a new run under another name"
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | VideoRecipe:
     """The recipe in a YAML file, with ``a.b=value`` overrides, checked across its sections.
 
-    Raises ``RecipeError`` that lists everything that is wrong, with its line.
+    Its model says what kind of run it is. Raises ``RecipeError`` that lists everything that is
+    wrong, with its line.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(_no_such_file(file)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read as a recipe: {error}") from None
-    data, lines = parse_yaml(text, str(file))
-    if not isinstance(data, dict):
-        raise RecipeError(f"{file}:1: a recipe is a mapping of sections; this file holds none")
-    places = {key: f"{file}:{line}" for key, line in lines.items()}
-    for override in overrides:
-        _apply_override(data, override, places=places)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise refusal(problems_of(error), places) from None
+    data, places = _read_mapping(path, overrides, what="recipe")
+    recipe = _validated(_kind_of(data), data, places)
     if problems := recipe_problems(recipe):
         if layout_problems(recipe):
             raise refuse_layout(recipe, problems, places)
@@ -89,12 +87,61 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def load_section(
+    kind: type[AnySection], path: str | Path, overrides: Sequence[str] = (), *, what: str
+) -> tuple[AnySection, dict[KeyPath, str]]:
+    """A YAML file as a typed section, and where in the file or overrides each path was written.
+
+    ``what`` names such a file in messages. Raises ``RecipeError`` that lists every mistake.
+    """
+    data, places = _read_mapping(path, overrides, what=what)
+    return _validated(kind, data, places), places
+
+
+def _read_mapping(
+    path: str | Path, overrides: Sequence[str], *, what: str
+) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(_no_such_file(file, what)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read as a {what}: {error}") from None
+    data, lines = parse_yaml(text, str(file))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{file}:1: a {what} is a mapping of sections; this file holds none")
+    places = {key: f"{file}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply_override(data, override, places=places)
+    return data, places
+
+
+def _validated(
+    kind: type[AnySection], data: dict[str, Any], places: dict[KeyPath, str]
+) -> AnySection:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise refusal(problems_of(error, kind), places) from None
+
+
+def _kind_of(data: dict[str, Any]) -> type[Recipe] | type[VideoRecipe]:
+    """What the model is: of video where it names a preset or a field that only video has."""
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return Recipe
+    of_video = set(VideoDiT.model_fields) - set(Model.model_fields)
+    is_video = str(model.get("preset")).startswith(VIDEO_PREFIX) or of_video & set(model)
+    return VideoRecipe if is_video else Recipe
+
+
+def dump_recipe(recipe: RunRecipe) -> str:
     """The recipe with every default filled in, as YAML that loads to an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json", by_alias=True))
 
 
-def recipe_fingerprint(recipe: Recipe) -> str:
+def recipe_fingerprint(recipe: RunRecipe) -> str:
     """SHA-256, in hex, of the settings that decide what is trained and on what.
 
     Layout, cadences and logging do not enter: the same run may resume under others.
@@ -108,7 +155,7 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> list[Difference]:
+def recipe_differences(old: RunRecipe, new: RunRecipe) -> list[Difference]:
     """Every value on which the two disagree, in the order of the recipe."""
     before = dict(_leaves(old.model_dump(mode="json", by_alias=True)))
     after = dict(_leaves(new.model_dump(mode="json", by_alias=True)))
@@ -141,13 +188,13 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(child, f"{path}.{key}" if path else str(key))
 
 
-def _no_such_file(file: Path) -> str:
+def _no_such_file(file: Path, what: str) -> str:
     folder = file.parent
-    recipes = sorted(entry.name for entry in folder.glob("[!.]*.yaml")) if folder.is_dir() else []
-    if recipes:
-        hint = did_you_mean(file.name, recipes, what=f"recipes in {folder}")
+    names = sorted(entry.name for entry in folder.glob("[!.]*.yaml")) if folder.is_dir() else []
+    if names:
+        hint = did_you_mean(file.name, names, what=f"{what}s in {folder}")
     else:
-        hint = f"there is no recipe in {folder}; give the path of a .yaml file"
+        hint = f"there is no {what} in {folder}; give the path of a .yaml file"
     return f"{file}: no such file; {hint}"
 
 

@@ -27,7 +27,7 @@ class Model(Section):
     )
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
-    ffn_hidden_size: int = Field(gt=0, description="Width of the SwiGLU hidden layer")
+    ffn_hidden_size: int = Field(gt=0, description="Width of the MLP's hidden layer")
     num_attention_heads: int = Field(gt=0)
     num_query_groups: int = Field(gt=0, description="Key/value heads (GQA)")
     kv_channels: int = Field(gt=0, description="Head dimension")
@@ -35,11 +35,53 @@ class Model(Section):
     make_vocab_size_divisible_by: int = Field(128, gt=0)
     max_position_embeddings: int = Field(gt=0, description="Longest sequence, tokens")
     rotary_base: float = Field(10_000.0, gt=0)
+    rotary_percent: float = Field(1.0, gt=0, le=1, description="Part of a head that is rotated")
+    rope_scaling_factor: float | None = Field(
+        None,
+        gt=1,
+        description="Llama 3.1's stretching of slow rotations, from an original length of 8,192 "
+        "(low and high frequency factors 1 and 4)",
+    )
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_position: Literal["before", "after"] = Field(
+        "before", description="Norms of a block's input, or of its output before it is added"
+    )
     layernorm_epsilon: float = Field(1e-5, gt=0)
-    qk_layernorm: bool = False
+    activation: Literal["swiglu", "gelu"] = Field(
+        "swiglu", description="SwiGLU is gated: two projections in; gelu has one"
+    )
+    parallel_residual: bool = Field(
+        False, description="Attention and MLP both read the layer's input, and are added together"
+    )
+    qk_layernorm: bool = Field(False, description="Norms of queries and of keys")
+    qk_layernorm_over: Literal["head", "projection"] = Field(
+        "head", description="One norm of each head, or one of all heads of a token together"
+    )
     add_qkv_bias: bool = False
+    linear_biases: Literal["none", "into_residual", "all"] = Field(
+        "none",
+        description="Biases of the linears that write into the residual stream, or of every one",
+    )
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = Field(0.02, gt=0)
+
+    kv_lora_rank: int | None = Field(
+        None, gt=0, description="Makes attention multi-latent: rank of keys and values"
+    )
+    q_lora_rank: int | None = Field(
+        None, gt=0, description="Multi-latent: rank of queries; default: not compressed"
+    )
+    qk_head_dim: int = Field(128, gt=0, description="Multi-latent: head dim without rotation")
+    qk_pos_emb_head_dim: int = Field(64, gt=0, description="Multi-latent: head dim rotated")
+    v_head_dim: int = Field(128, gt=0, description="Multi-latent: head dim of values")
+    yarn_scaling_factor: float | None = Field(
+        None, gt=1, description="Multi-latent: YaRN's stretching of rotations; default: none"
+    )
+    yarn_original_max_position_embeddings: int = Field(4096, gt=0)
+    yarn_beta_fast: float = Field(32.0, gt=0)
+    yarn_beta_slow: float = Field(1.0, gt=0)
+    yarn_mscale: float = Field(1.0, ge=0)
+    yarn_mscale_all_dim: float = Field(0.0, ge=0)
 
     num_moe_experts: int | None = Field(None, gt=1, description="Routed experts of a layer")
     moe_ffn_hidden_size: int | None = Field(
@@ -55,6 +97,15 @@ class Model(Section):
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     moe_router_pre_softmax: bool = Field(
         False, description="Softmax over all experts before the choice, not over the chosen ones"
+    )
+    moe_router_num_groups: int | None = Field(
+        None, gt=0, description="Experts are chosen from some groups of them; default: from all"
+    )
+    moe_router_group_topk: int | None = Field(
+        None, gt=0, description="Groups a token's experts come from"
+    )
+    moe_router_topk_scaling_factor: float | None = Field(
+        None, gt=0, description="Factor of the chosen experts' weights; default: 1"
     )
     moe_aux_loss_coeff: float = Field(
         0.0,
@@ -75,6 +126,11 @@ class Model(Section):
         if isinstance(self.moe_layer_freq, int):
             return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
         return tuple(map(bool, self.moe_layer_freq))
+
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether keys and values come from a compressed vector."""
+        return self.kv_lora_rank is not None
 
     @property
     def expert_ffn_hidden_size(self) -> int:

@@ -10,7 +10,7 @@ from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.layout_rules import layout_problems, rank_problems
 from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.problems import Problem, refusal
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import Recipe, RunRecipe
 from megatron_curr.recipe.wording import divisors_of
 from megatron_curr.recipe.yaml_lines import Path
 
@@ -29,7 +29,7 @@ _FEWEST_RANKS_TRIED = 64  # of one axis, where the number of ranks is not known
 
 
 def nearest_layouts(
-    recipe: Recipe, world_size: int | None = None, *, most: int = MOST
+    recipe: RunRecipe, world_size: int | None = None, *, most: int = MOST
 ) -> list[list[str]]:
     """For each layout that fits, nearest first, the ``parallel.key=value`` that lead to it.
 
@@ -51,7 +51,7 @@ def nearest_layouts(
 
 
 def refuse_layout(
-    recipe: Recipe,
+    recipe: RunRecipe,
     problems: Iterable[Problem],
     places: Mapping[Path, str] | None = None,
     *,
@@ -64,7 +64,9 @@ def refuse_layout(
     return RecipeError("\n".join([said, *([HEADING] if lines else []), *(f"  {x}" for x in lines)]))
 
 
-def _by_distance(recipe: Recipe, world_size: int | None) -> Iterator[dict[str, int | bool | None]]:
+def _by_distance(
+    recipe: RunRecipe, world_size: int | None
+) -> Iterator[dict[str, int | bool | None]]:
     """Changed settings of every layout whose sizes could fit, nearest first."""
     old = recipe.parallel
     was = [getattr(old, name) or 1 for name in _SIZES]
@@ -82,41 +84,53 @@ def _by_distance(recipe: Recipe, world_size: int | None) -> Iterator[dict[str, i
         yield _settings(recipe, sizes)
 
 
-def _choices(recipe: Recipe, world_size: int | None) -> list[list[int]]:
+def _choices(recipe: RunRecipe, world_size: int | None) -> list[list[int]]:
     """Sizes worth trying, for each of ``_SIZES``."""
     model, old = recipe.model, recipe.parallel
     limit = world_size or max(
         _FEWEST_RANKS_TRIED, old.tensor_model_parallel_size, old.pipeline_model_parallel_size
     )
-    shortest = gcd(*(phase.seq_length for phase in recipe.curriculum.phases))
+    shortest = _context_unit(recipe)
     tensor = gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
     stages = {*divisors_of(model.num_layers), old.pipeline_model_parallel_size}
-    experts = divisors_of(model.num_moe_experts) if model.num_moe_experts else [1]
+    experts = divisors_of(_num_experts(recipe))
     chunks = {1, old.virtual_pipeline_model_parallel_size or 1}
     if len(chunks) > 1:
         chunks |= set(divisors_of(model.num_layers))
     tp_sizes = [size for size in divisors_of(tensor) if _keeps_vocabulary(recipe, size)]
-    cut_experts = tp_sizes if model.num_moe_experts else [1]
+    cut_experts = tp_sizes if _num_experts(recipe) > 1 else [1]
     axes = [tp_sizes, stages, divisors_of(max(shortest // 2, 1)), experts, cut_experts, chunks]
     return [sorted(size for size in axis if size <= limit) or [1] for axis in axes]
 
 
-def _keeps_vocabulary(recipe: Recipe, tp_size: int) -> bool:
+def _context_unit(recipe: RunRecipe) -> int:
+    """What twice a context size has to divide; sequences of video are padded to any."""
+    if isinstance(recipe, Recipe):
+        return gcd(*(phase.seq_length for phase in recipe.curriculum.phases))
+    return _FEWEST_RANKS_TRIED
+
+
+def _num_experts(recipe: RunRecipe) -> int:
+    return (isinstance(recipe, Recipe) and recipe.model.num_moe_experts) or 1
+
+
+def _keeps_vocabulary(recipe: RunRecipe, tp_size: int) -> bool:
     """Padded for this many ranks, the vocabulary has the rows it has for one rank."""
+    if not isinstance(recipe, Recipe):
+        return True
     return recipe.model.make_vocab_size_divisible_by % tp_size == 0
 
 
-def _settings(recipe: Recipe, sizes: tuple[int, ...]) -> dict[str, int | bool | None]:
+def _settings(recipe: RunRecipe, sizes: tuple[int, ...]) -> dict[str, int | bool | None]:
     """The settings that give these sizes, with what must go along."""
     model, old = recipe.model, recipe.parallel
     tp, pp, cp, _, etp, chunks = sizes
     changes: dict[str, int | bool | None] = dict(zip(_SIZES, sizes, strict=True))
     changes["virtual_pipeline_model_parallel_size"] = chunks if chunks > 1 and pp > 1 else None
-    is_default = etp == tp or model.num_moe_experts is None
+    has_experts = _num_experts(recipe) > 1
+    is_default = etp == tp or not has_experts
     changes["expert_tensor_parallel_size"] = None if is_default else etp
-    changes["sequence_parallel"] = tp > 1 and (
-        old.sequence_parallel or model.num_moe_experts is not None
-    )
+    changes["sequence_parallel"] = tp > 1 and (old.sequence_parallel or has_experts)
     if cp != old.context_parallel_size:
         changes["hierarchical_context_parallel_sizes"] = None
     is_uneven = any(getattr(old, name) for name in _UNEVEN)

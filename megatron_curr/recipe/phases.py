@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
 from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section
 
@@ -39,7 +39,7 @@ def normalised(weights: dict[str, float]) -> dict[str, float]:
             raise ValueError(f"weight of {source!r} is {weight}; it must be a number of 0 or more")
     total = math.fsum(weights.values())
     if total <= 0:
-        raise ValueError("every weight is zero; give at least one source a positive weight")
+        raise ValueError("every weight is zero; give at least one a positive weight")
     if abs(total - 1) < 1e-15:  # what a division by the total leaves: scaling twice changes nothing
         return dict(weights)
     return {source: weight / total for source, weight in weights.items()}
@@ -95,25 +95,35 @@ Mixture = Annotated[
 ]
 
 
-class Phase(Section):
+class RunPhase(Section):
     """An interval of the curriculum. A curve left out holds the value the phase before ended on."""
 
     name: str = Field(pattern=NAME_PATTERN)
     tokens: PositiveTokens
-    seq_length: int = Field(gt=0)
     mixture: Mixture | None = None
     global_batch_tokens: BatchCurve | None = None
     learning_rate: Curve | None = None
     weight_decay: Curve | None = None
 
 
-class Curriculum(Section):
-    phases: list[Phase] = Field(min_length=1)
+class Phase(RunPhase):
+    """An interval of a text curriculum."""
 
-    @field_validator("phases")
-    @classmethod
-    def _fill_weight_decay(cls, phases: list[Phase]) -> list[Phase]:
-        first = phases[0]
-        if first.weight_decay is None:
-            first = first.model_copy(update={"weight_decay": DEFAULT_WEIGHT_DECAY})
-        return [first, *phases[1:]]
+    seq_length: int = Field(gt=0)
+
+
+AnyPhase = TypeVar("AnyPhase", bound=RunPhase)
+
+
+def with_weight_decay(phases: list[AnyPhase]) -> list[AnyPhase]:
+    """The phases, the first with the default weight decay where it has none."""
+    first = phases[0]
+    if first.weight_decay is None:
+        first = first.model_copy(update={"weight_decay": DEFAULT_WEIGHT_DECAY})
+    return [first, *phases[1:]]
+
+
+class Curriculum(Section):
+    """What a text run does from its first token to its last."""
+
+    phases: Annotated[list[Phase], AfterValidator(with_weight_decay)] = Field(min_length=1)

@@ -1,6 +1,7 @@
 """Published architectures by name, so that a recipe says ``preset: llama3_8b``.
 
-The numbers live in ``model_presets.yaml`` beside this file, each with its source.
+The numbers live in ``model_presets.yaml`` (text) and ``video_presets.yaml`` beside this file, each
+with its source.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from typing import Any
 
 import yaml
 
+TEXT_PRESETS = "model_presets.yaml"
+VIDEO_PRESETS = "video_presets.yaml"
+
 
 @cache
-def _presets() -> dict[str, dict[str, Any]]:
-    text = files(__package__).joinpath("model_presets.yaml").read_text(encoding="utf-8")
+def _presets(file: str) -> dict[str, dict[str, Any]]:
+    text = files(__package__).joinpath(file).read_text(encoding="utf-8")
     presets: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return presets
 
 
-def preset_names() -> list[str]:
+def preset_names(file: str = TEXT_PRESETS) -> list[str]:
     """Every preset, in the order of the file."""
-    return list(_presets())
+    return list(_presets(file))
 
 
-def model_preset(name: str) -> dict[str, Any]:
+def model_preset(name: str, file: str = TEXT_PRESETS) -> dict[str, Any]:
     """The fields of one preset. Raises ``ValueError`` that names the nearest one."""
-    presets = _presets()
+    presets = _presets(file)
     if name not in presets:
         close = get_close_matches(str(name), presets, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known presets: {', '.join(presets)}"

@@ -54,12 +54,12 @@ def _place(path: Path, places: Mapping[Path, str] | None) -> str:
     return ""
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
-    """A schema error as problems, one for each thing that is wrong."""
-    return [_problem_of(details) for details in error.errors(include_url=False)]
+def problems_of(error: ValidationError, kind: type[Section] = Recipe) -> list[Problem]:
+    """A schema error of ``kind`` as problems, one for each thing that is wrong."""
+    return [_problem_of(details, kind) for details in error.errors(include_url=False)]
 
 
-def _problem_of(details: ErrorDetails) -> Problem:
+def _problem_of(details: ErrorDetails, section: type[Section]) -> Problem:
     # Tags such as <piece> say which way of writing a curve was meant; they are no part of the path.
     path = tuple(part for part in details["loc"] if not str(part).startswith("<"))
     path = tuple("from" if part == "from_" else part for part in path)
@@ -70,10 +70,10 @@ def _problem_of(details: ErrorDetails) -> Problem:
     if kind == "unknown_preset":
         return Problem((*path, "preset"), details["msg"])
     if kind == "extra_forbidden":
-        known = known_keys(path[:-1])
+        known = known_keys(path[:-1], section)
         return Problem(path, f"unknown key; {did_you_mean(str(path[-1]), known, what='keys')}")
     if kind == "missing":
-        return Problem(path, f"missing; {_what_is_expected(path)}")
+        return Problem(path, f"missing; {_what_is_expected(path, section)}")
     if kind == "value_error":
         return Problem(path, str(details["ctx"]["error"]))
     return Problem(path, f"found {_shown(found)}; {_requirement(details)}")
@@ -116,27 +116,27 @@ def _shown(found: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _what_is_expected(path: Path) -> str:
+def _what_is_expected(path: Path, kind: type[Section]) -> str:
     """The field's own description, so that a missing key is explained on the spot."""
-    for section in _sections_at(path[:-1]):
+    for section in _sections_at(path[:-1], kind):
         field = section.model_fields.get(str(path[-1]))
         if field is not None and field.description:
             return f"give it: {field.description}"
     return "give it"
 
 
-def known_keys(path: Path) -> list[str]:
-    """The keys that the section at this path accepts, as they are written in YAML."""
+def known_keys(path: Path, kind: type[Section] = Recipe) -> list[str]:
+    """The keys that the section at this path of ``kind`` accepts, as they are written in YAML."""
     return [
         field.alias or name
-        for section in _sections_at(path)
+        for section in _sections_at(path, kind)
         for name, field in section.model_fields.items()
     ]
 
 
-def _sections_at(path: Path) -> list[type[Section]]:
+def _sections_at(path: Path, root: type[Section]) -> list[type[Section]]:
     """The section types a path may lead to; several where a curve can be written several ways."""
-    types: list[Any] = [Recipe]
+    types: list[Any] = [root]
     for part in path:
         types = [child for kind in types for child in _children(kind, part)]
     return [kind for kind in types if isinstance(kind, type) and issubclass(kind, Section)]

@@ -1,5 +1,7 @@
 """The recipe: every setting of a run, typed, frozen and checked where it is born.
 
+What a video run has of its own is in ``video_schema.py``.
+
 Field names are Megatron's where Megatron has one. Sizes may be written ``400k``, ``1.5T``.
 Cross-section rules live in ``check.py``; reading YAML and naming lines in ``load.py``.
 """
@@ -15,6 +17,8 @@ from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.phases import Curriculum
 from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section
+from megatron_curr.recipe.video_model import VideoDiT
+from megatron_curr.recipe.video_phases import VideoCurriculum
 
 
 class Source(Section):
@@ -50,8 +54,17 @@ class Optimizer(Section):
 
 class Training(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Keep a moving average of the weights: 0.9999 a step"
+    )
     max_nonfinite_steps: int = Field(
         3, gt=0, description="Stop after this many refused updates in a row"
+    )
+    hang_step_multiple: float = Field(
+        20.0, gt=1, description="A step of this many times the recent median is a hang"
+    )
+    hang_least_s: float = Field(
+        300.0, gt=0, description="No step is a hang sooner; ten times this for all else"
     )
 
 
@@ -59,11 +72,18 @@ class Checkpoint(Section):
     every_tokens: PositiveTokens
     keep_last: int = Field(2, gt=0)
     keep_every_tokens: PositiveTokens | None = Field(None, description="Keep one of these for ever")
+    node_local: str | None = Field(
+        None,
+        description="Folder on each node's own disk, such as $TMPDIR: a save is written there "
+        "first, then copied to the run folder",
+    )
 
 
 class Evaluation(Section):
     every_tokens: PositiveTokens
-    tokens_per_source: PositiveTokens = Field(65_536, description="Held-out tokens read per source")
+    tokens_per_source: PositiveTokens = Field(
+        65_536, description="Held-out tokens read per source; latent patches for video"
+    )
 
 
 class Logging(Section):
@@ -74,15 +94,15 @@ class Logging(Section):
     )
 
 
-class Recipe(Section):
-    """The whole run."""
+class RunRecipe(Section):
+    """What every run has, whatever it trains. The sections of a kind of run narrow these."""
 
     name: str = Field(pattern=NAME_PATTERN)
     seed: int = Field(1234, ge=0, lt=2**63)
     run_folder: Path | None = Field(None, strict=False, description="Default: runs/<name>")
-    model: Model
-    data: Data
-    curriculum: Curriculum
+    model: Model | VideoDiT
+    data: Section
+    curriculum: Curriculum | VideoCurriculum
     optimizer: Optimizer = Optimizer()
     parallel: Parallel
     training: Training = Training()
@@ -94,3 +114,22 @@ class Recipe(Section):
     def folder(self) -> Path:
         """Where the run lives."""
         return self.run_folder or Path("runs") / self.name
+
+
+class Recipe(RunRecipe):
+    """The whole run of a language model."""
+
+    init_from: str | None = Field(
+        None,
+        pattern=r"^(hf|checkpoint):.+",
+        description="First weights: hf:FOLDER of a published model, or checkpoint:FOLDER of one "
+        "converted or merged; moments begin at zero. Default: drawn from the seed",
+    )
+    init_new_tokens: Literal["mean", "random"] | None = Field(
+        None,
+        description="What tokens begin as that init_from does not have: the mean of its rows, or "
+        "rows drawn from the seed. Default: there must be none",
+    )
+    model: Model
+    data: Data
+    curriculum: Curriculum

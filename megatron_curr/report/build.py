@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import re
@@ -17,12 +18,15 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from megatron_curr.incarnation.accounts import read_accounts
+from megatron_curr.incarnation.record import TIMES
 from megatron_curr.report import facts, views
 from megatron_curr.report.records import Row, RunRecords, read_run
 from megatron_curr.report.values import compact, exact_count, percent, scientific
 from megatron_curr.units import format_count, format_duration
 
 REPORT_NAME = "report.html"
+CONTACT_SHEET = "samples/contact_sheet.png"
 MOST_TABLE_SOURCES = 12
 
 FIGURES: dict[str, Callable[[views.View], str]] = {
@@ -86,12 +90,24 @@ def build_report(run_folder: Path) -> str:
         gap_tokens=round(gap_tokens),
         gap_source=gap_source,
         gap_samples=gap_tokens / max(phase.seq_length for phase in phases),
+        accounts=read_accounts(run_folder),
+        contact_sheet=_contact_sheet(run_folder),
+        time_names=tuple(TIMES),
         recipe_html=_coloured_yaml(run.recipe_text),
         style=Markup(_resource("page.css")),
         script=Markup(_resource("page.js")),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         program_version=_program_version(),
     )
+
+
+def _contact_sheet(run_folder: Path) -> str | None:
+    """What ``sample`` drew last for this run, as a data address; the page stays one file."""
+    try:
+        content = (run_folder / CONTACT_SHEET).read_bytes()
+    except FileNotFoundError:
+        return None
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _resource(name: str) -> str:
@@ -126,7 +142,7 @@ def _tiles(run: RunRecords) -> list[Tile]:
         Tile(
             "Held-out loss",
             f"{last:.3f}" if math.isfinite(last) else "–",
-            f"nats/token, mean of sources; {first:.2f} at first"
+            f"{run.loss_unit}, mean of sources; {first:.2f} at first"
             if math.isfinite(first)
             else "not evaluated yet",
         ),
@@ -162,8 +178,8 @@ def _layout(start: Row) -> str:
 
 
 def _mean_heldout(run: RunRecords) -> tuple[float, float]:
-    """Mean held-out loss over the sources at the first and at the last evaluation, nats a token."""
-    columns = [run.evaluations.column(f"eval/{s}/loss_nats_per_token") for s in run.sources]
+    """Mean held-out loss over the sources at the first and at the last evaluation."""
+    columns = [run.evaluations.column(f"eval/{s}/{run.loss}") for s in run.sources]
     table = np.array([column for column in columns if np.isfinite(column).any()])
     if not table.size:
         return math.nan, math.nan

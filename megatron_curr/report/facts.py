@@ -29,10 +29,10 @@ class PhaseFacts:
     """One row of the table of phases. Token counts are of what was trained so far."""
 
     name: str
-    seq_length: int
+    seq_length: int  # of a sample; for video, the mean of a lot, in the phase's first step
     planned_tokens: int
     consumed_tokens: int
-    num_samples: int
+    num_samples: int  # for video, about how many lots
     num_steps: int
     batch_tokens: tuple[float, float]
     learning_rate: tuple[float, float]
@@ -143,6 +143,8 @@ def relative_step_times(run: RunRecords) -> Floats:
     times_s = run.steps.column("perf/step_time_s")
     per_token = times_s / run.steps.column("train/global_batch_tokens")
     lengths = run.steps.column("train/seq_length_tokens")
+    if run.buckets:  # a step of video holds several lengths, in shares that change slowly
+        lengths = np.zeros(len(per_token))
     relative = np.full(len(per_token), np.nan)
     for index in range(len(per_token)):
         near = slice(max(index - NEIGHBOUR_STEPS, 0), index + NEIGHBOUR_STEPS + 1)
@@ -187,7 +189,7 @@ def phase_facts(run: RunRecords) -> tuple[PhaseFacts, ...]:
         ]
         batches = [float(plan.step_tokens) for plan in plans[:-1] or plans]
         rates = [float(plan.learning_rate) for plan in plans]
-        batch_samples = steps.column("train/global_batch_tokens") / plans[0].seq_length
+        step_tokens = steps.column("train/global_batch_tokens")
         planned = planned_tokens(run, bounds)
         consumed = _consumed_between(run, bounds)
         facts.append(
@@ -196,7 +198,7 @@ def phase_facts(run: RunRecords) -> tuple[PhaseFacts, ...]:
                 seq_length=plans[0].seq_length,
                 planned_tokens=phase.end_tokens - phase.start_tokens,
                 consumed_tokens=_clamped(run.consumed_tokens, phase.start_tokens, phase.end_tokens),
-                num_samples=round(float(np.nansum(batch_samples))),
+                num_samples=round(float(np.nansum(step_tokens / plans[0].seq_length))),
                 num_steps=len(steps),
                 batch_tokens=(min(batches), max(batches)),
                 learning_rate=(rates[0], rates[-1]),

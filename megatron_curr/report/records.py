@@ -1,6 +1,6 @@
 """What a run left on disk, read into columns: recipe, schedule and metrics.
 
-Legend: a *row* is one line of ``metrics.jsonl``; a step row carries ``train/loss_nats_per_token``,
+Legend: a *row* is one line of ``metrics.jsonl``; a step row carries the training loss,
 an evaluation row ``eval/time_s``, a checkpoint row ``checkpoint/blocked_s``, and every start of
 the run wrote one row with ``run/num_ranks``.
 """
@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_curr.curriculum.ledger import ledger_schedule, read_ledger
+from megatron_curr.curriculum.lots import planner_of
 from megatron_curr.curriculum.schedule import Schedule, StepPlan, build_schedule
 from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.video_schema import VideoRecipe
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -62,7 +64,7 @@ class RunRecords:
     """One run, finished or not."""
 
     folder: Path
-    recipe: Recipe
+    recipe: Recipe | VideoRecipe
     recipe_text: str
     schedule: Schedule
     steps: Table
@@ -70,6 +72,21 @@ class RunRecords:
     checkpoints: Table
     starts: Table
     num_unreadable_lines: int
+
+    @property
+    def loss(self) -> str:
+        """The last part of the names of its losses."""
+        return loss_of(self.recipe)
+
+    @property
+    def loss_unit(self) -> str:
+        """Of the losses."""
+        return "squared error" if self.buckets else "nats per token"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        """Shapes of a video run; none for text."""
+        return tuple(self.recipe.data.buckets) if isinstance(self.recipe, VideoRecipe) else ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -103,6 +120,11 @@ class RunRecords:
         return self.consumed_tokens >= self.schedule.total_tokens
 
 
+def loss_of(recipe: Recipe | VideoRecipe) -> str:
+    """What the metrics call the loss of this kind of run."""
+    return "flow_mse" if isinstance(recipe, VideoRecipe) else "loss_nats_per_token"
+
+
 def read_run(folder: Path) -> RunRecords:
     """The run in ``folder``. Raises ``CheckpointError`` when it is not a run folder."""
     recipe_path = folder / "recipe.yaml"
@@ -119,11 +141,11 @@ def read_run(folder: Path) -> RunRecords:
         recipe=recipe,
         recipe_text=recipe_path.read_text(encoding="utf-8"),
         schedule=(
-            ledger_schedule(read_ledger(ledger))
+            ledger_schedule(read_ledger(ledger), planner_of(recipe))
             if ledger.is_file()
-            else build_schedule(recipe.curriculum)
+            else build_schedule(recipe.curriculum, planner_of(recipe))
         ),
-        steps=_rows_with(rows, "train/loss_nats_per_token"),
+        steps=_rows_with(rows, f"train/{loss_of(recipe)}"),
         evaluations=_rows_with(rows, "eval/time_s"),
         checkpoints=_rows_with(rows, "checkpoint/blocked_s"),
         starts=_rows_with(rows, "run/num_ranks"),

@@ -153,7 +153,7 @@ def _length(phase: PhaseSpan) -> int:
 def heldout_loss(view: View) -> str:
     """Loss on held-out text, one line a source."""
     table = view.run.evaluations
-    curves = {group: _group_loss(table, group, "eval") for group in view.groups}
+    curves = {group: _group_loss(view, table, group, "eval") for group in view.groups}
     low, high = padded_range(list(curves.values()))
     chart = view.chart(Axis(low, high), "Held-out loss per source", HALF, right=view.label_room)
     clock = table.column("consumed_tokens")
@@ -170,8 +170,8 @@ def train_loss(view: View) -> str:
     table = view.run.steps
     clock = table.column("consumed_tokens")
     width = SMOOTHING_FRAC * _end(clock)
-    total = table.column("train/loss_nats_per_token")
-    curves = {g: smoothed(clock, _group_loss(table, g, "train"), width) for g in view.groups}
+    total = table.column(f"train/{view.run.loss}")
+    curves = {g: smoothed(clock, _group_loss(view, table, g, "train"), width) for g in view.groups}
     low, high = padded_range([total, *curves.values()])
     chart = view.chart(Axis(low, high), "Training loss", HALF, right=view.label_room)
     chart.line(*thinned(clock, total, MOST_POINTS), "ink", style="faint")
@@ -187,10 +187,10 @@ def train_loss(view: View) -> str:
     return chart.svg()
 
 
-def _group_loss(table: Table, group: SourceGroup, area: str) -> Floats:
+def _group_loss(view: View, table: Table, group: SourceGroup, area: str) -> Floats:
     """Loss of the group: the plain mean over its sources that the row has."""
     columns = np.array(
-        [table.column(f"{area}/{name}/loss_nats_per_token") for name in group.sources]
+        [table.column(f"{area}/{name}/{view.run.loss}") for name in group.sources]
     ).reshape(len(group.sources), len(table))
     seen = np.isfinite(columns)
     with np.errstate(invalid="ignore"):
@@ -221,12 +221,34 @@ def global_batch(view: View) -> str:
 
 
 def sequence_length(view: View) -> str:
+    """Of text; for video, whose samples have several shapes, the share of each."""
+    if view.run.buckets:
+        return _bucket_shares(view)
     name = "train/seq_length_tokens"
     lengths = sorted({view.run.plan_at(p.start_tokens).seq_length for p in view.run.phases})
     ticks = (0.0, *(float(length) for length in lengths)) if len(lengths) <= 4 else None
     return _plan_and_run(
         view, "Sequence length, tokens", name, lambda plan: plan.seq_length, ticks=ticks
     )
+
+
+def _bucket_shares(view: View) -> str:
+    """Share of the tokens read lately that each shape had."""
+    table = view.run.steps
+    clock = table.column("consumed_tokens")
+    read = {
+        name: np.diff(table.column(f"data/{name}/bucket_consumed_tokens"), prepend=0.0)
+        for name in view.run.buckets
+    }
+    everything = np.sum(list(read.values()), axis=0)
+    chart = view.chart(Axis(0.0, 1.0, write=percent), "Share of tokens by shape", THIRD)
+    for number, (name, tokens) in enumerate(read.items()):
+        with np.errstate(invalid="ignore"):
+            share = smoothed(clock, tokens / everything, SMOOTHING_FRAC * _end(clock))
+        colour = f"c{number % facts.MOST_COLOURED_SOURCES}"
+        chart.line(*thinned(clock, share, MOST_POINTS), colour)
+        chart.hover(Hover(name, colour, clock, share, is_share=True))
+    return chart.svg()
 
 
 def _plan_and_run(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+
+import torch
 
 import megatron_curr.parallel  # noqa: F401  (stand-ins come before megatron-core)
 
@@ -11,11 +14,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_curr.data.loader import Loader
-from megatron_curr.models.gpt import PRECISIONS, build_gpt_chunks
+from megatron_curr.data.video_loader import VideoLoader
+from megatron_curr.models.gpt import build_gpt_chunks
+from megatron_curr.models.layout_settings import PRECISIONS
+from megatron_curr.models.video_dit import build_video_dit_chunks
 from megatron_curr.parallel.data_parallel import finish_param_gather, wrap_for_data_parallel
 from megatron_curr.parallel.groups import Groups, build_groups
-from megatron_curr.plan.model_size import model_flops_per_token
 from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.video_schema import VideoRecipe
+from megatron_curr.training.amendments import TakeAmendments
 from megatron_curr.training.checkpoint import Checkpointer
 from megatron_curr.training.console import Narrator
 from megatron_curr.training.evaluate import Evaluator
@@ -23,27 +30,46 @@ from megatron_curr.training.hooks import (
     Evaluate,
     RecordStart,
     Save,
+    ShowProgress,
     StopOnNonFinite,
     StopOnRequest,
 )
-from megatron_curr.training.metrics import Metrics, build_metrics, drop_rows_after
+from megatron_curr.training.life import Life
+from megatron_curr.training.metrics import LostWork, Metrics, build_metrics, drop_rows_after
+from megatron_curr.training.node_checks import check_groups
+from megatron_curr.training.objectives import NextToken, Objective, RectifiedFlow
+from megatron_curr.training.optimizer_state import start_average
 from megatron_curr.training.preflight import Prepared
-from megatron_curr.training.run import Run
+from megatron_curr.training.run import Hook, Run
 from megatron_curr.training.signals import StopSignals
 from megatron_curr.training.step import Stepper
+from megatron_curr.training.step_values import StepValues, TextValues, VideoValues
+from megatron_curr.training.stragglers import NameStragglers
+from megatron_curr.training.video_evaluate import VideoEvaluator
+from megatron_curr.units import format_duration
 
 log = logging.getLogger(__name__)
 
+FirstWeights = Callable[[list[torch.nn.Module], Groups], None]
+
 
 def build_run(
-    prepared: Prepared, *, signals: StopSignals, stop_at_tokens: int | None = None
+    prepared: Prepared,
+    *,
+    life: Life,
+    signals: StopSignals,
+    stop_at_tokens: int | None = None,
+    first_weights: FirstWeights | None = None,
 ) -> Run:
     """This rank's run, standing at the newest intact checkpoint, or at token 0. Collective.
 
-    ``torch.distributed`` is initialised; rank 0 holds the folder's lock. The caller closes the run.
+    ``torch.distributed`` is initialised, the folder is claimed. The caller closes the run.
+    ``first_weights`` fills this rank's chunks where there is no checkpoint yet.
     """
+    life.enter("load")
     recipe, folder = prepared.recipe, prepared.folder
     groups = build_groups(recipe.parallel, seed=recipe.seed)
+    check_groups(groups, life)
     chunks, optimizer = build_model(recipe, groups=groups, vocab_size=prepared.vocab_size)
     checkpointer = Checkpointer(
         folder.checkpoints,
@@ -51,41 +77,35 @@ def build_run(
         optimizer=optimizer,
         pg_collection=groups.pg_collection,
         settings=recipe.checkpoint,
+        pen=life.pen,
         finish_weights=lambda: finish_param_gather(chunks),
     )
     state, passed_over = checkpointer.load_newest()
+    if state is None and first_weights is not None:
+        first_weights([chunk.module for chunk in chunks], groups)
+        optimizer.reload_model_params()  # its fp32 copies
+        if recipe.training.ema_decay is not None:
+            start_average(optimizer)
     for line in passed_over:
         log.warning(line)
-    consumed_tokens = state.consumed_tokens if state else 0
+    metrics, lost = _build_metrics(prepared, groups, life, state.consumed_tokens if state else 0)
     run = Run(
         recipe=recipe,
         folder=folder,
+        life=life,
         order=prepared.order,
         ledger_head=prepared.ledger[-1].hash,
         groups=groups,
-        stepper=Stepper(
-            chunks,
-            optimizer,
-            groups=groups,
-            num_sources=len(prepared.order.sources),
-            clip_grad=recipe.optimizer.clip_grad,
-        ),
+        stepper=build_stepper(prepared, groups, chunks, optimizer),
         loader=build_loader(prepared, groups),
-        evaluator=Evaluator(
-            recipe, prepared.heldout_sets, groups=groups, vocab_size=prepared.vocab_size
-        ),
+        evaluator=build_evaluator(prepared, groups),
         checkpointer=checkpointer,
-        metrics=_build_metrics(recipe, prepared, groups, consumed_tokens=consumed_tokens),
+        metrics=metrics,
+        lost=lost,
         narrator=Narrator(prepared.schedule.total_tokens, speaks=groups.rank == 0),
         signals=signals,
-        flops_per_token=_flops_per_token(prepared),
-        hooks=(
-            RecordStart(),
-            StopOnNonFinite(recipe.training.max_nonfinite_steps),
-            StopOnRequest(stop_at_tokens),
-            Evaluate(recipe.evaluation.every_tokens),
-            Save(recipe.checkpoint.every_tokens),
-        ),
+        step_values=build_step_values(prepared),
+        hooks=_hooks(prepared, stop_at_tokens),
     )
     if state is not None:
         run.restore(state)
@@ -93,20 +113,27 @@ def build_run(
     return run
 
 
+def _hooks(prepared: Prepared, stop_at_tokens: int | None) -> tuple[Hook, ...]:
+    """The features of the loop, in the order they are called."""
+    recipe = prepared.recipe
+    return (
+        RecordStart(),
+        TakeAmendments(prepared.ledger, replan),
+        ShowProgress(),
+        NameStragglers(),
+        StopOnNonFinite(recipe.training.max_nonfinite_steps),
+        StopOnRequest(stop_at_tokens),
+        Evaluate(recipe.evaluation.every_tokens),
+        Save(recipe.checkpoint.every_tokens),
+    )
+
+
 def build_model(
-    recipe: Recipe, *, groups: Groups, vocab_size: int
+    recipe: Recipe | VideoRecipe, *, groups: Groups, vocab_size: int
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """This rank's pipeline chunks, wrapped for data parallel, and their optimizer."""
     parallel, precision, adam = recipe.parallel, recipe.training.precision, recipe.optimizer
-    chunks = build_gpt_chunks(
-        recipe.model,
-        parallel=parallel,
-        precision=precision,
-        groups=groups,
-        vocab_size=vocab_size,
-        isolate_documents=recipe.data.isolate_documents,
-        seed=recipe.seed,
-    )
+    chunks = _build_chunks(recipe, groups=groups, vocab_size=vocab_size)
     wrapped = wrap_for_data_parallel(
         [chunk.to(groups.device) for chunk in chunks], parallel=parallel
     )
@@ -128,11 +155,66 @@ def build_model(
         wrapped,
         use_gloo_process_groups=False,
     )
+    if recipe.training.ema_decay is not None:
+        start_average(optimizer)
     return wrapped, optimizer
 
 
-def build_loader(prepared: Prepared, groups: Groups) -> Loader:
+def _build_chunks(
+    recipe: Recipe | VideoRecipe, *, groups: Groups, vocab_size: int
+) -> list[torch.nn.Module]:
+    if isinstance(recipe, VideoRecipe):
+        return build_video_dit_chunks(
+            recipe.model,
+            parallel=recipe.parallel,
+            precision=recipe.training.precision,
+            groups=groups,
+            seed=recipe.seed,
+        )
+    return build_gpt_chunks(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.training.precision,
+        groups=groups,
+        vocab_size=vocab_size,
+        isolate_documents=recipe.data.isolate_documents,
+        seed=recipe.seed,
+    )
+
+
+def build_stepper(
+    prepared: Prepared,
+    groups: Groups,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+) -> Stepper:
+    """Runs this rank's share of steps on the recipe's objective."""
+    recipe = prepared.recipe
+    objective: Objective = NextToken(groups)
+    if isinstance(recipe, VideoRecipe):
+        objective = RectifiedFlow(groups, patch=recipe.model.patch)
+    return Stepper(
+        chunks,
+        optimizer,
+        groups=groups,
+        objective=objective,
+        num_groups=prepared.order.num_groups,
+        clip_grad=recipe.optimizer.clip_grad,
+        ema_decay=recipe.training.ema_decay,
+    )
+
+
+def build_loader(prepared: Prepared, groups: Groups) -> Loader | VideoLoader:
     """Reads this data-parallel rank's samples; its tensor, pipeline, context peers do alike."""
+    if isinstance(prepared.recipe, VideoRecipe):
+        return VideoLoader(
+            prepared.recipe,
+            prepared.schedule,
+            prepared.order,
+            prepared.shard_sets,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+        )
     return Loader(
         prepared.recipe,
         prepared.schedule,
@@ -145,13 +227,34 @@ def build_loader(prepared: Prepared, groups: Groups) -> Loader:
     )
 
 
-def _flops_per_token(prepared: Prepared) -> dict[int, float]:
-    """By every sequence length of the run."""
-    model, vocab_size = prepared.recipe.model, prepared.vocab_size
-    return {
-        length: model_flops_per_token(model, vocab_size=vocab_size, seq_length=length)
-        for length in {stretch.seq_length for stretch in prepared.schedule.stretches}
-    }
+def build_evaluator(prepared: Prepared, groups: Groups) -> Evaluator | VideoEvaluator:
+    """Reads the held-out shards of the sources that the recipe has now."""
+    if isinstance(prepared.recipe, VideoRecipe):
+        return VideoEvaluator(
+            prepared.recipe, prepared.order.cells, prepared.heldout_sets, groups=groups
+        )
+    return Evaluator(
+        prepared.recipe, prepared.heldout_sets, groups=groups, vocab_size=prepared.vocab_size
+    )
+
+
+def replan(run: Run, prepared: Prepared) -> None:
+    """Put another future in place of the run's; what it has read so far is the same in both."""
+    run.loader.close()
+    run.recipe, run.order = prepared.recipe, prepared.order
+    run.ledger_head = prepared.ledger[-1].hash
+    run.loader = build_loader(prepared, run.groups)
+    run.evaluator = build_evaluator(prepared, run.groups)
+    run.stepper.num_groups = prepared.order.num_groups
+    run.narrator.total_tokens = prepared.schedule.total_tokens
+    run.step_values = build_step_values(prepared)
+
+
+def build_step_values(prepared: Prepared) -> StepValues:
+    """What the rows of this kind of run say of a step."""
+    if isinstance(prepared.recipe, VideoRecipe):
+        return VideoValues(prepared.recipe, prepared.order, prepared.shard_sets)
+    return TextValues(prepared.recipe, prepared.order, vocab_size=prepared.vocab_size)
 
 
 def say_how_it_ended(run: Run) -> None:
@@ -172,17 +275,20 @@ def say_how_it_ended(run: Run) -> None:
 
 
 def _build_metrics(
-    recipe: Recipe, prepared: Prepared, groups: Groups, *, consumed_tokens: int
-) -> Metrics:
+    prepared: Prepared, groups: Groups, life: Life, consumed_tokens: int
+) -> tuple[Metrics, LostWork]:
     if groups.rank != 0:
-        return Metrics([])
+        return Metrics([]), LostWork()
     folder = prepared.folder
-    dropped = drop_rows_after(folder.metrics, consumed_tokens, aside=folder.logs)
-    if dropped:
+    lost = drop_rows_after(folder.metrics, consumed_tokens, aside=folder.logs, pen=life.pen)
+    if lost.num_rows:
         log.info(
-            "%d rows of metrics.jsonl lie after token %d and will be written again; moved to %s",
-            dropped,
+            "%d rows of metrics.jsonl lie after token %d and will be written again (%d tokens, "
+            "%s of steps); moved to %s",
+            lost.num_rows,
             consumed_tokens,
+            lost.num_tokens,
+            format_duration(lost.time_s),
             folder.logs,
         )
-    return build_metrics(recipe, path=folder.metrics, logs=folder.logs)
+    return build_metrics(prepared.recipe, path=folder.metrics, logs=folder.logs), lost

@@ -3,7 +3,8 @@
 Saving is three stages: plan (all ranks, blocks), write (a forked child a rank, does not block),
 publish (all ranks agree that every part is whole, rank 0 names it; blocks for milliseconds). What
 blocks is measured. Any ``OSError`` on any rank, a full disk first of all, gives the save up on
-all ranks: the partial folder goes, the checkpoint before it stays, the run goes on.
+all ranks: the partial folder goes, the checkpoint before it stays, the run goes on. Everything is
+written with the incarnation's pen, so a stale one can neither name nor remove a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_curr.errors import CheckpointError
+from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.schema import Checkpoint
 from megatron_curr.training import optimizer_state
 from megatron_curr.training.checkpoint_folder import (
     RunState,
-    clear_unfinished,
     find_fault,
     is_keeper,
     list_checkpoints,
     publish,
     read_state,
     retire,
-    saving_folder,
     set_aside,
+    step_folder_name,
     write_manifest,
 )
 from megatron_curr.training.checkpoint_shapes import check_architecture
@@ -74,14 +75,17 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         pg_collection: Any,
         settings: Checkpoint,
+        pen: Pen | None = None,
         finish_weights: Callable[[], None] = lambda: None,
     ) -> None:
         """``chunks`` are the unwrapped model chunks of this rank; ``folder`` is checkpoints/.
 
+        ``pen`` is the incarnation's; without one, whoever calls is alone with the folder.
         ``finish_weights`` is called before weights are saved; where updated weights are gathered
         late, it waits for them.
         """
         self.folder = folder
+        self._pen = pen or Pen.beside(folder)
         self._chunks = chunks
         self._optimizer = optimizer
         self._pg_collection = pg_collection
@@ -108,14 +112,15 @@ class Checkpointer:
         """Start a save; a report only if it failed at once."""
         assert self._pending is None, "publish() the save before it first"
         began_s = time.perf_counter()
-        saving = saving_folder(self.folder, state.step)
-        if error := _first_error(_attempt(lambda: _make_folder(saving))):
+        saving = self._pen.folder / step_folder_name(state.step)
+        if error := _first_error(_attempt(lambda: self._make_folder(saving))):
             return self._give_up(state, saving, error=error, blocked_s=_since(began_s))
         share = RankSave(
             saving,
             self._sharded_state(state),
             state_json=state.to_json(),
             validate=not self._validated,
+            node_local=self._settings.node_local,
         )
         self._validated = True  # the sharding cannot change while the run lives
         share.start()
@@ -154,9 +159,6 @@ class Checkpointer:
         ``CheckpointError`` when there are checkpoints and none is intact.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        if rank == 0:
-            clear_unfinished(self.folder)
-        dist.barrier()
         torn: list[tuple[Path, str]] = []
         for path in reversed(_gather(list_checkpoints(self.folder))[0]):
             fault = next(filter(None, _gather(find_fault(path, share=(rank, world_size)))), None)
@@ -177,7 +179,7 @@ class Checkpointer:
         dist.barrier()  # every rank has read what it needs
         if dist.get_rank() == 0:
             for path, _ in torn:
-                set_aside(path)
+                set_aside(path, self._pen)
         return [
             f"checkpoint {path.name} is torn and was passed over: {fault}" for path, fault in torn
         ]
@@ -220,23 +222,24 @@ class Checkpointer:
             return 0
         records = pending.share.finish(written)
         size_bytes = write_manifest(pending.share.folder, records)
-        publish(pending.share.folder, pending.state.step)
-        retire(self.folder, self._settings.keep_last)
+        target = self.folder / step_folder_name(pending.state.step)
+        publish(pending.share.folder, target, self._pen)
+        retire(self.folder, self._settings.keep_last, self._pen)
         return size_bytes
+
+    def _make_folder(self, saving: Path) -> None:
+        if dist.get_rank() == 0:
+            self.folder.mkdir(exist_ok=True)
+            self._pen.make(saving.name)
 
     def _give_up(
         self, state: RunState, saving: Path, *, error: str, blocked_s: float
     ) -> SaveReport:
         if dist.get_rank() == 0:
+            self._pen.check()  # a stale incarnation must not go on as if a disk were full
             shutil.rmtree(saving, ignore_errors=True)
         dist.barrier()
         return SaveReport(state, blocked_s, blocked_s, error=error)
-
-
-def _make_folder(saving: Path) -> None:
-    if dist.get_rank() == 0:
-        shutil.rmtree(saving, ignore_errors=True)
-        saving.mkdir(parents=True)
 
 
 def _attempt(action: Any) -> str | None:

@@ -2,9 +2,10 @@
 
 ``checkpoints/step_00000123/`` holds the tensors as megatron-core's ``torch_dist`` format writes
 them, ``state.json`` (the clock and everything else that is not a tensor) and ``manifest.json``
-(size and SHA-256 of every other file). It is written as ``.saving-step_00000123``, read back into
-the manifest, flushed to disk, renamed, and only then named in ``checkpoints/latest``. A folder
-that carries a ``step_`` name was therefore whole once; the manifest tells whether it still is.
+(size and SHA-256 of every other file). It grows in the pen of the incarnation that writes it, is
+read back into the manifest, flushed to disk, renamed, and only then named in
+``checkpoints/latest``. A folder that carries a ``step_`` name was therefore whole once; the
+manifest tells whether it still is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from megatron_curr.durable import sync_folder, write_durably
+from megatron_curr.incarnation.fence import Pen, fence_others
+from megatron_curr.incarnation.record import incarnations
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -147,49 +152,56 @@ def find_fault(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | No
     return None
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Take a torn checkpoint out of the row without losing what is left of it."""
-    target = checkpoint.with_name(f"torn-{checkpoint.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    checkpoint.rename(target)
+def set_aside(checkpoint: Path, pen: Pen, *, as_: str = "torn") -> Path:
+    """Take a checkpoint out of the row without losing what is left of it; where it is now."""
+    target = checkpoint.with_name(f"{as_}-{checkpoint.name}")
+    held = pen.take(checkpoint)
+    if target.exists():
+        shutil.rmtree(target, ignore_errors=True)
+    pen.put(held, target)
+    return target
 
 
-def saving_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` grows until it is whole."""
-    return folder / f".saving-{step_folder_name(step)}"
+def go_back(run_folder: Path, *, before_step: int) -> Path | None:
+    """Make the newest intact checkpoint from before a step the one to resume from; None if none is.
+
+    To be called between two incarnations: the last one's pen is taken away first. Later
+    checkpoints stay beside it, as ``left-step_...``.
+    """
+    folder = run_folder / "checkpoints"
+    known = list_checkpoints(folder)
+    earlier = [path for path in known if path.name < step_folder_name(before_step)]
+    chosen = next((path for path in reversed(earlier) if find_fault(path) is None), None)
+    if chosen is not None:
+        past = incarnations(run_folder)
+        fence_others(run_folder, past[-1].number + 1 if past else 1)
+        pen = Pen.beside(folder)
+        for later in known[known.index(chosen) + 1 :]:
+            set_aside(later, pen, as_="left")
+        pen.write(folder / LATEST, chosen.name + "\n")
+        shutil.rmtree(pen.folder)
+    return chosen
 
 
-def clear_unfinished(folder: Path) -> list[str]:
-    """Remove saves that a dead process left half done; returns their names."""
-    names = []
-    for path in folder.glob(".saving-*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
-        names.append(path.name)
-    return names
-
-
-def publish(saving: Path, step: int) -> Path:
-    """Flush ``saving`` to disk, give it its final name, and name it in ``latest``."""
+def publish(saving: Path, target: Path, pen: Pen) -> None:
+    """Flush ``saving``, which grew in the pen, give it its name, and name it in ``latest``."""
     for path in saving.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
     sync_folder(saving)
-    final = saving.parent / step_folder_name(step)
-    saving.rename(final)
-    sync_folder(final.parent)
-    write_durably(final.parent / LATEST, final.name + "\n")
-    return final
+    pen.put(saving, target)
+    pen.write(target.parent / LATEST, target.name + "\n")
 
 
-def retire(folder: Path, keep_last: int) -> list[Path]:
+def retire(folder: Path, keep_last: int, pen: Pen) -> list[Path]:
     """Remove all but the newest ``keep_last`` checkpoints and those marked to be kept."""
     removed = []
     for path in list_checkpoints(folder)[:-keep_last]:
         with contextlib.suppress(OSError, ValueError, TypeError):
             if read_state(path).keep:
                 continue
-        shutil.rmtree(path, ignore_errors=True)
+        pen.remove(path)
         removed.append(path)
     return removed
 
@@ -206,27 +218,3 @@ def _states(folder: Path) -> Iterator[RunState]:
     for path in list_checkpoints(folder):
         with contextlib.suppress(OSError, ValueError, TypeError):
             yield read_state(path)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one move: a reader sees the old content or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 
+from megatron_curr.training import local_copy
 from megatron_curr.training.checkpoint_folder import STATE, file_record
 from megatron_curr.training.signals import STOP_SIGNALS, die_with_parent
 
@@ -57,11 +60,11 @@ class RankWriter(FileSystemWriterAsync):
             data = planner.resolve_data(item)
             self.items.append((item, data.detach().cpu() if isinstance(data, Tensor) else data))
 
-    def write_items(self) -> list[Any]:
-        """Write this rank's file; returns torch's write results."""
+    def write_items(self, path: Path) -> list[Any]:
+        """Write this rank's file to ``path``; returns torch's write results."""
         if not self.items:
             return []
-        with (Path(self.checkpoint_dir) / self.file_name).open("wb") as stream:
+        with path.open("wb") as stream:
             results = [
                 _write_item(
                     self.transforms,
@@ -98,10 +101,23 @@ class RankSave:
     """One rank's share of one save: planned, then written by a child, then finished."""
 
     def __init__(
-        self, folder: Path, sharded_state: dict[str, Any], *, state_json: str, validate: bool
+        self,
+        folder: Path,
+        sharded_state: dict[str, Any],
+        *,
+        state_json: str,
+        validate: bool,
+        node_local: str | None = None,
     ) -> None:
-        """Collective: all ranks plan together. ``sharded_state`` also holds the plain values."""
+        """Collective: all ranks plan together. ``sharded_state`` also holds the plain values.
+
+        ``node_local`` is a folder of this node in which to write first; it may name variables.
+        """
         self.folder = folder
+        self._local: Path | None = None
+        if node_local is not None:
+            place = f"{folder.name}-{os.getpid()}.distcp"
+            self._local = Path(os.path.expandvars(node_local)) / place
         self._state_json = state_json
         sharded, self._common = save_preprocess(sharded_state, validate_access_integrity=validate)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -119,8 +135,9 @@ class RankSave:
     def start(self) -> None:
         """Begin writing in a child; where none can be made, write here and now."""
         try:
-            self._child = Child(self._write)
+            self._child = Child(self._write, then=self._carry)
         except OSError:
+            self._local = None
             self._written = self._write()
 
     @property
@@ -132,8 +149,12 @@ class RankSave:
         """The child's report, waiting for it."""
         if self._written is None:
             assert self._child is not None, "start() comes before wait()"
-            report, ending = self._child.result()
+            report, carried, ending = self._child.result()
             self._written = report or Written(error=f"the process that wrote it {ending}")
+            if self._local is not None and self._writer.items and not self._written.error:
+                told = json.loads(carried or '{"error": "its copy to the run folder broke off"}')
+                self._written.error = told.get("error")
+                self._written.records[self._writer.file_name] = told.get("record", {})
         return self._written
 
     def finish(self, written_by_rank: list[Written]) -> dict[str, dict[str, Any]]:
@@ -145,11 +166,23 @@ class RankSave:
             name: record for written in written_by_rank for name, record in written.records.items()
         }
 
+    def _carry(self) -> list[str]:
+        """The program that the child becomes when it has written; none where nothing is left."""
+        if self._local is None or not self._local.exists():
+            return []
+        target = self.folder / self._writer.file_name
+        return [sys.executable, "-m", local_copy.__name__, str(self._local), str(target)]
+
     def _write(self) -> Written:
         written = Written()
         try:
-            written.results = self._writer.write_items()
-            names = [self._writer.file_name] if self._writer.items else []
+            if self._local is not None:
+                self._local.parent.mkdir(parents=True, exist_ok=True)
+            written.results = self._writer.write_items(
+                self._local or self.folder / self._writer.file_name
+            )
+            is_there = self._writer.items and self._local is None
+            names = [self._writer.file_name] if is_there else []
             if dist.get_rank() == 0:
                 torch.save(self._common, self.folder / COMMON_STATE_FNAME)
                 (self.folder / STATE).write_text(self._state_json, encoding="utf-8")
@@ -161,9 +194,14 @@ class RankSave:
 
 
 class Child:
-    """A forked process that runs one function and leaves its pickled result in memory."""
+    """A forked process that runs one function and leaves its pickled result in memory.
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    It may then become another program, which is told where to append what it has to say.
+    """
+
+    def __init__(
+        self, work: Callable[[], Any], *, then: Callable[[], list[str]] = lambda: []
+    ) -> None:
         self._memory = os.memfd_create("checkpoint-result")
         self._status: int | None = None
         parent = os.getpid()
@@ -177,6 +215,9 @@ class Child:
                     signal.signal(number, signal.SIG_IGN)  # the parent waits for the save to end
                 with os.fdopen(self._memory, "wb", closefd=False) as stream:
                     pickle.dump(work(), stream)
+                if command := then():
+                    os.set_inheritable(self._memory, True)
+                    os.execv(command[0], [*command, str(self._memory)])
             finally:
                 os._exit(0)
 
@@ -187,13 +228,15 @@ class Child:
             self._status = status if pid else None
         return self._status is not None
 
-    def result(self) -> tuple[Any, str]:
-        """What the function returned, or None and how the process ended. Waits, and frees."""
+    def result(self) -> tuple[Any, bytes, str]:
+        """What the function returned, or None; what was appended; how it ended. Waits, frees."""
         if self._status is None:
             _, self._status = os.waitpid(self._pid, 0)
         with os.fdopen(self._memory, "rb") as stream:
             stream.seek(0)
-            payload = stream.read()
-        code = os.waitstatus_to_exitcode(self._status)
+            has_result = os.fstat(stream.fileno()).st_size > 0
+            code = os.waitstatus_to_exitcode(self._status)
+            result = pickle.load(stream) if has_result and code == 0 else None
+            appended = stream.read()
         ending = f"was killed by signal {-code}" if code < 0 else "left no result"
-        return (pickle.loads(payload) if payload and code == 0 else None), ending
+        return result, appended, ending

@@ -23,7 +23,7 @@ class Narrator:
     """Tells the user how far the run is; only rank 0 speaks."""
 
     def __init__(self, total_tokens: int, *, speaks: bool) -> None:
-        self._total_tokens = total_tokens
+        self.total_tokens = total_tokens
         self._speaks = speaks
         self._began_s: float | None = None
         self._began_tokens = 0
@@ -41,23 +41,23 @@ class Narrator:
         if self._began_s is None:
             self._began_s, self._began_tokens = now_s, consumed_tokens
             if self._bar is not None:
-                self._bar.add_task("", total=self._total_tokens)
+                self._bar.add_task("", total=self.total_tokens)
                 self._bar.start()
         text = (
-            f"{phase}  {format_count(consumed_tokens)} of {format_count(self._total_tokens)} tokens"
+            f"{phase}  {format_count(consumed_tokens)} of {format_count(self.total_tokens)} tokens"
             f"  loss {loss:.4f}  {format_count(round(tokens_per_s))} tokens/s"
             f"{self._time_left(now_s - self._began_s, consumed_tokens)}"
         )
         if self._bar is not None:
             (task,) = self._bar.task_ids
             self._bar.update(task, completed=consumed_tokens, description=text)
-        is_news = phase != self._phase or consumed_tokens >= self._total_tokens
+        is_news = phase != self._phase or consumed_tokens >= self.total_tokens
         if is_news or now_s - self._line_s >= LINE_EVERY_S:
             self._phase, self._line_s = phase, now_s
             log.info("step %d  %s", step, text, extra={"is_progress": True})
 
     def _time_left(self, elapsed_s: float, consumed_tokens: int) -> str:
-        done, left = consumed_tokens - self._began_tokens, self._total_tokens - consumed_tokens
+        done, left = consumed_tokens - self._began_tokens, self.total_tokens - consumed_tokens
         return f"  {format_duration(elapsed_s * left / done)} left" if done and left else ""
 
     def close(self) -> None:
@@ -76,6 +76,7 @@ def log_to_user(rank: int) -> None:
 
 def log_to_file(path: Path, *, also_output: bool) -> None:
     """Append log lines to ``path``; with ``also_output`` whatever is printed goes there, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _add(file)

@@ -60,8 +60,7 @@ class Evaluator:
         loss = stepper.forward(
             lambda: self._batches(padding),
             num_batches=num_batches + padding,
-            shape=(self._micro_batch_tokens // self._seq_length, self._seq_length),
-            num_sources=len(self._heldout),
+            num_groups=len(self._heldout),
         )
         values = {"eval/time_s": time.perf_counter() - began_s}
         for index, name in enumerate(self._heldout):

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from megatron_curr.curriculum.schedule import StepPlan
 from megatron_curr.training.checkpoint import SaveReport
+from megatron_curr.training.life import BEAT_EVERY_S, RunFailed
 from megatron_curr.training.run import Run
 from megatron_curr.units import format_bytes, format_duration
 
 log = logging.getLogger(__name__)
 
 
-class RunFailed(RuntimeError):
-    """A run cannot go on, for a reason its message tells in full: no traceback is needed."""
-
-    is_plain = True
-
-
 class NonFiniteLimit(RunFailed):
     """Too many updates in a row were refused; the message says which samples fed them."""
+
+    cause = "nonfinite"
 
 
 class SaveFailed(RunFailed):
     """The last save of a run did not reach the disk; what it would have held is lost."""
+
+    cause = "save-failed"
 
 
 class Quiet:
@@ -57,6 +57,29 @@ class RecordStart(Quiet):
             },
             run.schedule.stretch_at(max(run.consumed_tokens - 1, 0)).phase,
         )
+
+
+class ShowProgress(Quiet):
+    """Writes a beat every few seconds, so that a run that dies tells how far it came."""
+
+    def __init__(self) -> None:
+        self._beat_s = 0.0
+
+    def before_run(self, run: Run) -> None:
+        """Tell where this start begins."""
+        run.write_beat()
+
+    def after_step(self, run: Run, plan: StepPlan) -> None:
+        """Rank 0 finds out here that it is stale, and tells how far the run is."""
+        if run.groups.rank == 0:
+            run.life.pen.check()
+        if time.monotonic() - self._beat_s > BEAT_EVERY_S:
+            self._beat_s = time.monotonic()
+            run.write_beat()
+
+    def after_run(self, run: Run) -> None:
+        """Tell where it ends; the last save follows and tells of itself."""
+        run.write_beat()
 
 
 class StopOnNonFinite(Quiet):
@@ -145,7 +168,8 @@ class Evaluate(Quiet):
     def _evaluate(self, run: Run) -> None:
         if self._evaluated_tokens != run.consumed_tokens and run.evaluator.has_sources:
             self._evaluated_tokens = run.consumed_tokens
-            values = run.evaluator.evaluate(run.stepper)
+            with run.life.spending("evaluate"):
+                values = run.evaluator.evaluate(run.stepper)
             run.write(values, run.schedule.stretch_at(max(run.consumed_tokens - 1, 0)).phase)
 
 
@@ -163,20 +187,24 @@ class Save(Quiet):
     def after_step(self, run: Run, plan: StepPlan) -> None:
         """Publish a save that is written; begin one that is due."""
         if run.checkpointer.is_pending and run.is_save_written:
-            self._report(run, run.checkpointer.publish())
+            self._publish(run)
         if crosses(plan, self._every_tokens) and not run.is_over:
             if run.checkpointer.is_pending:  # slower than the cadence: wait, or saves pile up
-                self._report(run, run.checkpointer.publish())
+                self._publish(run)
             self._saved_step = run.step
-            self._report(run, run.checkpointer.begin(run.state()))
+            with run.life.spending("save"):
+                report = run.checkpointer.begin(run.state())
+            if report is not None:
+                self._report(run, report)
 
     def after_run(self, run: Run) -> None:
         """Save the last state. Raises ``SaveFailed`` when it does not reach the disk."""
         if run.checkpointer.is_pending:
-            self._report(run, run.checkpointer.publish())
+            self._publish(run)
         if self._saved_step == run.step:
             return
-        report = run.checkpointer.save(run.state())
+        with run.life.spending("save"):
+            report = run.checkpointer.save(run.state())
         self._report(run, report)
         if report.error:
             raise SaveFailed(
@@ -185,9 +213,12 @@ class Save(Quiet):
                 "command again: the run goes on from the checkpoint before"
             )
 
-    def _report(self, run: Run, report: SaveReport | None) -> None:
-        if report is None:
-            return
+    def _publish(self, run: Run) -> None:
+        with run.life.spending("save"):
+            report = run.checkpointer.publish()
+        self._report(run, report)
+
+    def _report(self, run: Run, report: SaveReport) -> None:
         if report.error:
             self._saved_step = -1  # the state is not on disk: the last save must not be skipped
             log.warning(
@@ -202,6 +233,9 @@ class Save(Quiet):
             format_bytes(report.size_bytes),
             format_duration(report.blocked_s),
         )
+        run.saved = (report.state.step, report.state.consumed_tokens)
+        run.longest_save_s = max(report.total_s, run.longest_save_s or 0.0)
+        run.write_beat()
         run.metrics.write(
             {
                 "checkpoint/blocked_s": report.blocked_s,

@@ -1,6 +1,7 @@
 """Metrics: every name once, with its unit; ``metrics.jsonl``; TensorBoard and W&B by choice.
 
-Names are ``area/what_unit``. ``<source>`` stands for a source of the recipe. A row is one JSON
+Names are ``area/what_unit``. ``<source>`` stands for a source of the recipe, ``<bucket>`` for one
+of its shapes. A row is one JSON
 object: ``step``, ``consumed_tokens``, ``time_s`` (Unix time), ``phase``, then values.
 """
 
@@ -12,9 +13,11 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,10 @@ METRICS = {
     "run/cp_size": "context-parallel ranks of a replica",
     "train/loss_nats_per_token": "mean over the step's tokens that carry loss",
     "train/<source>/loss_nats_per_token": "the same, over this source's tokens",
+    "train/flow_mse": "mean squared error of the velocity, per latent number, over samples",
+    "train/<source>/flow_mse": "the same, over this source's samples",
+    "train/<bucket>/bucket_flow_mse": "the same, over this bucket's samples",
+    "train/step_flops": "model FLOPs of the step, all ranks, without recomputation",
     "train/grad_norm": "global norm before clipping",
     "train/learning_rate": "as set for the step",
     "train/weight_decay": "as set for the step",
@@ -38,17 +45,25 @@ METRICS = {
     "perf/step_time_s": "data wait, forward, backward, update; without evaluation and checkpoint",
     "perf/tokens_per_s": "over perf/step_time_s, all ranks",
     "perf/data_wait_s": "rank 0 waiting for the loader",
+    "perf/slowest_rank": "of a step in fifty, the rank that came last to the others",
+    "perf/slowest_rank_ratio": "its busy time over the median of all ranks",
+    "perf/collective_wait_s": "median wait of the ranks for the slowest one in that step",
     "perf/mfu_frac": "model FLOP/s over the peak of all devices",
     "data/<source>/consumed_tokens": "since the start of the run",
     "data/<source>/epochs": "passes over the source since the start of the run",
     "eval/<source>/loss_nats_per_token": "on held-out text",
+    "data/<bucket>/bucket_consumed_tokens": "since the start of the run",
+    "eval/<source>/flow_mse": "on held-out samples, at four timesteps from 125 to 875",
+    "eval/<bucket>/bucket_flow_mse": "the same, over this bucket's samples",
+    "eval/<bucket>/bucket_flow_mse_t125": "the same at timestep 125 (of 1000, which is noise)",
+    "eval/<bucket>/bucket_flow_mse_t375": "at 375",
+    "eval/<bucket>/bucket_flow_mse_t625": "at 625",
+    "eval/<bucket>/bucket_flow_mse_t875": "at 875",
     "eval/time_s": "the evaluation of all sources",
     "checkpoint/blocked_s": "training stood still for the save",
     "checkpoint/total_s": "from the decision to the published checkpoint",
     "checkpoint/size_bytes": "all files of the checkpoint",
 }
-# Beyond this many sources a step row lists only those whose count moved: a row must stay small.
-LISTED_SOURCES = 64
 
 
 class Sink(Protocol):
@@ -174,30 +189,48 @@ def build_metrics(recipe: Recipe, *, path: Path, logs: Path) -> Metrics:
 def check_name(name: str) -> None:
     """Raise ``KeyError`` for a name that ``METRICS`` does not list."""
     area, _, rest = name.partition("/")
-    if name not in METRICS and f"{area}/<source>/{rest.rpartition('/')[2]}" not in METRICS:
+    what = rest.rpartition("/")[2]
+    known = {name, f"{area}/<source>/{what}", f"{area}/<bucket>/{what}"}
+    if known.isdisjoint(METRICS):
         raise KeyError(f"metric {name!r} is not registered in METRICS")
 
 
-def drop_rows_after(path: Path, consumed_tokens: int, *, aside: Path) -> int:
-    """Move rows written after this token into the folder ``aside``; returns how many.
+@dataclass(frozen=True)
+class LostWork:
+    """Rows behind the checkpoint that a start resumes from: their steps are taken again."""
 
-    A run that resumes writes them again. A torn last line goes with them.
+    num_rows: int = 0
+    num_tokens: int = 0
+    time_s: float = 0.0  # of the steps
+
+
+def drop_rows_after(path: Path, consumed_tokens: int, *, aside: Path, pen: Pen) -> LostWork:
+    """Move rows written after this token into the folder ``aside``; what they stood for.
+
+    A run that resumes writes them again. A torn last line goes with them. The file is always made
+    anew: a stale incarnation that still has it open goes on writing to what is no longer there.
     """
     if not path.is_file():
-        return 0
+        return LostWork()
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _clock_of(line) <= consumed_tokens]
     stale = [line for line in lines if _clock_of(line) > consumed_tokens]
-    if not stale:
-        return 0
-    aside.mkdir(parents=True, exist_ok=True)
-    (aside / f"metrics_after_{consumed_tokens}_{int(time.time())}.jsonl").write_bytes(
-        b"".join(stale)
+    if stale:
+        aside.mkdir(parents=True, exist_ok=True)
+        (aside / f"metrics_after_{consumed_tokens}_{int(time.time())}.jsonl").write_bytes(
+            b"".join(stale)
+        )
+    pen.write(path, b"".join(kept).decode())
+    clocks = [clock for line in stale if math.isfinite(clock := _clock_of(line))]
+    return LostWork(
+        num_rows=len(stale),
+        num_tokens=int(max(clocks, default=consumed_tokens)) - consumed_tokens,
+        time_s=sum(
+            float(json.loads(line).get("perf/step_time_s", 0.0))
+            for line in stale
+            if math.isfinite(_clock_of(line))
+        ),
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
-    return len(stale)
 
 
 def _clock_of(line: bytes) -> float:

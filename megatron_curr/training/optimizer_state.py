@@ -1,8 +1,9 @@
-"""Adam's moments in one stored form, whichever megatron-core optimizer holds them.
+"""Adam's moments, and the average of the weights, in one form, whichever optimizer holds them.
 
 A checkpoint keeps, for each trained parameter ``name``, ``optimizer.state.exp_avg.name`` and
 ``optimizer.state.exp_avg_sq.name``, and ``optimizer.state.fp32_param.name`` where the model's own
-weights are bf16: each shaped and sharded like the parameter. megatron-core's optimizers each write
+weights are bf16, and ``optimizer.state.exp_moving_avg.name`` where a run keeps an average of its
+weights: each shaped and sharded like the parameter. megatron-core's optimizers each write
 a form of their own (and its distributed optimizer hands all parameters one shared ``step`` tensor
 on load when torch's AdamW is underneath, which then counts once per parameter), so a checkpoint of
 one could not be read by another. Through this form the distributed optimizer may be switched on or
@@ -31,6 +32,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
+AVERAGE = "exp_moving_avg"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,26 @@ def fill_missing_state(optimizer: MegatronOptimizer) -> None:
                     )
                 if _step_is_per_parameter(part):
                     state[held.main_param]["step"] = torch.tensor(0.0, dtype=torch.float32)
+
+
+def start_average(optimizer: MegatronOptimizer) -> None:
+    """Keep a moving average of the weights from now on; it starts as the weights themselves."""
+    fill_missing_state(optimizer)
+    for part in _parts(optimizer):
+        part.optimizer.defaults[AVERAGE] = True  # for ranks that hold no parameter, too
+        for held in _held(part):
+            average = held.main_param.detach().to(torch.float32, copy=True)
+            part.optimizer.state[held.main_param][AVERAGE] = average
+
+
+@torch.no_grad()
+def move_average(optimizer: MegatronOptimizer, decay: float) -> None:
+    """Move the average towards the weights as they are after an update."""
+    for part in _parts(optimizer):
+        mains = [held.main_param.detach() for held in _held(part)]
+        averages = [part.optimizer.state[held.main_param][AVERAGE] for held in _held(part)]
+        if averages:
+            torch._foreach_lerp_(averages, [main.float() for main in mains], 1 - decay)
 
 
 def applied_updates(optimizer: MegatronOptimizer) -> int:
@@ -153,11 +175,16 @@ def _state_of(optimizer: MegatronOptimizer, held: Held) -> dict[str, Tensor]:
     raise AssertionError("every held parameter has state after fill_missing_state")
 
 
+def _kept(part: MegatronOptimizer) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter beside its values; the same on every rank."""
+    return (*MOMENTS, AVERAGE) if part.optimizer.defaults.get(AVERAGE) else MOMENTS
+
+
 def _targets(optimizer: MegatronOptimizer) -> Iterator[tuple[str, Held, str]]:
     index = 0
     for part in _parts(optimizer):
         for held in _held(part):
-            for name in (*MOMENTS, *([MAIN] if held.has_own_main else [])):
+            for name in (*_kept(part), *([MAIN] if held.has_own_main else [])):
                 yield f"{index}", held, name
                 index += 1
 
@@ -174,7 +201,7 @@ def _whole_tensors(part: MegatronOptimizer) -> Iterator[tuple[Tensor, str, Tenso
         yield from _gathered_tensors(part)
         return
     for held in _held(part):
-        for name in MOMENTS:
+        for name in _kept(part):
             yield held.model_param, name, part.optimizer.state[held.main_param][name]
         if held.has_own_main:
             yield held.model_param, MAIN, held.main_param.detach()
@@ -193,7 +220,7 @@ def _gathered_tensors(part: DistributedOptimizer) -> Iterator[tuple[Tensor, str,
             for bucket, range_map in zip(buffer.buckets, ranges, strict=True):
                 own_main = buffer.param_dtype != torch.float32
                 shard_numel = bucket.grad_data.numel() // group.size()
-                for name in (*MOMENTS, *([MAIN] if own_main else [])):
+                for name in (*_kept(part), *([MAIN] if own_main else [])):
                     shard = torch.zeros(
                         shard_numel, dtype=torch.float32, device=bucket.grad_data.device
                     )

@@ -41,8 +41,8 @@ from megatron_curr.parallel.data_parallel import finish_param_gather
 from megatron_curr.parallel.full_tensors import full_gradients, full_parameters, unequal_replicas
 from megatron_curr.parallel.groups import build_groups, destroy_groups
 from megatron_curr.recipe.phases import Piece
-from megatron_curr.recipe.schema import Recipe
-from megatron_curr.training.build import build_loader, build_model
+from megatron_curr.recipe.schema import RunRecipe
+from megatron_curr.training.build import build_loader, build_model, build_stepper
 from megatron_curr.training.parity_verdict import (
     FIRST_WEIGHTS,
     GRAD_NORM,
@@ -54,7 +54,6 @@ from megatron_curr.training.parity_verdict import (
     Verdict,
 )
 from megatron_curr.training.preflight import Prepared
-from megatron_curr.training.step import Stepper
 
 FLOOR = 1e-3
 
@@ -89,13 +88,7 @@ def observe(prepared: Prepared, num_steps: int) -> Observation:
     recipe = prepared.recipe
     groups = build_groups(recipe.parallel, seed=recipe.seed)
     chunks, optimizer = build_model(recipe, groups=groups, vocab_size=prepared.vocab_size)
-    stepper = Stepper(
-        chunks,
-        optimizer,
-        groups=groups,
-        num_sources=len(prepared.order.sources),
-        clip_grad=recipe.optimizer.clip_grad,
-    )
+    stepper = build_stepper(prepared, groups, chunks, optimizer)
     first_weights = full_parameters(chunks, groups)
     losses, grad_norms = [], []
     gradients: dict[str, Tensor] = {}
@@ -174,7 +167,7 @@ def compare(
     )
 
 
-def highest_learning_rate(recipe: Recipe) -> float:
+def highest_learning_rate(recipe: RunRecipe) -> float:
     """The highest value that the learning rate takes in any phase."""
     rates: list[float] = []
     for phase in recipe.curriculum.phases:

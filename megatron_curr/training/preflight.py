@@ -14,11 +14,15 @@ from megatron_curr.curriculum.schedule import Schedule
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
 from megatron_curr.data.tokenizer import load_tokenizer
+from megatron_curr.data.video_data import build_video_order, open_video_data
+from megatron_curr.data.video_order import VideoOrder
+from megatron_curr.data.video_shards import VideoShards
 from megatron_curr.data.windows import probe_vocabulary
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import check_layout, check_recipe
 from megatron_curr.recipe.load import Difference
-from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.schema import Recipe, RunRecipe
+from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training.run_folder import RunFolder
 
 
@@ -26,13 +30,13 @@ from megatron_curr.training.run_folder import RunFolder
 class Prepared:
     """A run that may start: its plan and its opened data."""
 
-    recipe: Recipe
+    recipe: Recipe | VideoRecipe
     folder: RunFolder
     ledger: tuple[Entry, ...]
-    order: SampleOrder
-    shard_sets: dict[str, ShardSet]
-    heldout_sets: dict[str, ShardSet]
-    vocab_size: int
+    order: SampleOrder | VideoOrder
+    shard_sets: dict[str, ShardSet] | dict[str, VideoShards]
+    heldout_sets: dict[str, ShardSet] | dict[str, VideoShards]
+    vocab_size: int  # 0 for video
     changes: list[Difference]  # against the recipe of the last start, all allowed
 
     @property
@@ -41,16 +45,26 @@ class Prepared:
         return self.order.schedule
 
 
-def prepare(recipe: Recipe, world_size: int) -> Prepared:
+def prepare(
+    recipe: Recipe | VideoRecipe, world_size: int, *, ledger: tuple[Entry, ...] | None = None
+) -> Prepared:
     """Check the recipe against ranks, data, tokenizer and run folder, and open what it needs.
 
-    Raises ``RecipeError``, ``DataError`` or ``CheckpointError``. Writes nothing.
+    A ``ledger`` stands in the place of the folder's: what a run becomes by an amendment. Raises
+    ``RecipeError``, ``DataError`` or ``CheckpointError``. Writes nothing.
     """
     check_recipe(recipe)
     check_layout(recipe, world_size)
     _check_extras(recipe)
     folder = RunFolder(recipe.folder)
-    changes = folder.check_recipe(recipe)
+    changes = folder.check_recipe(recipe) if ledger is None else []
+    opened = _open_video if isinstance(recipe, VideoRecipe) else _open_text
+    return opened(recipe, folder, ledger or folder.read_ledger(recipe), changes)
+
+
+def _open_text(
+    recipe: Recipe, folder: RunFolder, ledger: tuple[Entry, ...], changes: list[Difference]
+) -> Prepared:
     sources = recipe.data.sources
     shard_sets = {name: open_shards(source.shards, name=name) for name, source in sources.items()}
     heldout_sets = {
@@ -65,7 +79,6 @@ def prepare(recipe: Recipe, world_size: int) -> Prepared:
             probe_vocabulary(shard_set, vocab_size)
     source_tokens = {name: shard_set.num_tokens for name, shard_set in shard_sets.items()}
     folder.check_sources(source_tokens)
-    ledger = folder.read_ledger(recipe)
     order = SampleOrder(
         ledger_schedule(ledger),
         source_tokens,
@@ -85,7 +98,26 @@ def prepare(recipe: Recipe, world_size: int) -> Prepared:
     )
 
 
-def _check_extras(recipe: Recipe) -> None:
+def _open_video(
+    recipe: VideoRecipe, folder: RunFolder, ledger: tuple[Entry, ...], changes: list[Difference]
+) -> Prepared:
+    data = open_video_data(recipe)
+    order = build_video_order(recipe, data, ledger)
+    sizes = zip(order.sources, order.num_tokens.tolist(), strict=True)
+    folder.check_sources(dict(sizes))
+    return Prepared(
+        recipe=recipe,
+        folder=folder,
+        ledger=ledger,
+        order=order,
+        shard_sets=data.train,
+        heldout_sets=data.heldout,
+        vocab_size=0,
+        changes=changes,
+    )
+
+
+def _check_extras(recipe: RunRecipe) -> None:
     wanted = {
         "tensorboard": ("logging.tensorboard", recipe.logging.tensorboard),
         "wandb": ("logging.wandb_project", recipe.logging.wandb_project),

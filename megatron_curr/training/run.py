@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,20 +12,42 @@ from typing import Protocol
 from megatron_curr.curriculum.schedule import Schedule, StepPlan
 from megatron_curr.data.loader import Batch, Loader
 from megatron_curr.data.order import SampleOrder
+from megatron_curr.data.video_loader import VideoBatch, VideoLoader
+from megatron_curr.data.video_order import VideoOrder
+from megatron_curr.incarnation.record import Beat
 from megatron_curr.parallel.groups import Groups
 from megatron_curr.recipe.load import recipe_fingerprint
 from megatron_curr.recipe.schema import Recipe
+from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training import optimizer_state
 from megatron_curr.training.checkpoint import Checkpointer
 from megatron_curr.training.checkpoint_folder import RunState, SourceState
 from megatron_curr.training.console import Narrator
 from megatron_curr.training.evaluate import Evaluator
-from megatron_curr.training.metrics import LISTED_SOURCES, Metrics
+from megatron_curr.training.life import Life
+from megatron_curr.training.metrics import LostWork, Metrics
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.training.signals import StopSignals
 from megatron_curr.training.step import Loss, Stepper, Update
+from megatron_curr.training.step_values import StepValues
+from megatron_curr.training.video_evaluate import VideoEvaluator
+
+AnyBatch = Batch | VideoBatch
 
 _LIBRARIES = ("megatron_curr", "megatron-core", "torch", "numpy")
+
+
+class LedgerWatch(Protocol):
+    """Finds amendments; on rank 0 only."""
+
+    def look(self, horizon_tokens: int) -> bool:
+        """Whether the ledger has grown; nothing before the horizon is amended from now on."""
+
+    def read(self) -> list[str]:
+        """The ledger's whole lines."""
+
+    def close(self) -> None:
+        """Look no more."""
 
 
 class Hook(Protocol):
@@ -44,20 +67,21 @@ class Hook(Protocol):
 class Run:
     """One rank's run."""
 
-    recipe: Recipe
+    recipe: Recipe | VideoRecipe
     folder: RunFolder
-    order: SampleOrder
+    life: Life
+    order: SampleOrder | VideoOrder
     ledger_head: str
     groups: Groups
     stepper: Stepper
-    loader: Loader
-    evaluator: Evaluator
+    loader: Loader | VideoLoader
+    evaluator: Evaluator | VideoEvaluator
     checkpointer: Checkpointer
     metrics: Metrics
     narrator: Narrator
     signals: StopSignals
     hooks: Sequence[Hook]
-    flops_per_token: dict[int, float] = field(default_factory=dict)  # by seq_length
+    step_values: StepValues
 
     consumed_tokens: int = 0
     step: int = 0
@@ -66,8 +90,12 @@ class Run:
     stop_reason: str | None = None
     wants_to_stop: bool = False  # some rank got a signal; known to all after each step
     is_save_written: bool = False  # no rank's writer is busy; known to all after each step
-    _began_s: float = 0.0
-    _consumed: dict[str, int] = field(default_factory=dict)  # by source, at the last row
+    has_amendments: bool = False  # rank 0 saw the ledger grow; known to all after each step
+    ledger_watch: LedgerWatch | None = None  # on rank 0, while steps are taken
+    resumed: tuple[int, int] = (0, 0)  # step and token this start began from
+    saved: tuple[int, int] = (0, 0)  # of the newest checkpoint
+    longest_save_s: float | None = None  # from the decision to the published checkpoint
+    lost: LostWork = field(default_factory=LostWork)  # of earlier starts, done again by this one
 
     @property
     def schedule(self) -> Schedule:
@@ -84,16 +112,36 @@ class Run:
         """Whether no step is left to take now."""
         return self.is_complete or self.stop_reason is not None
 
-    def take(self, plan: StepPlan) -> list[Batch]:
+    @property
+    def ending(self) -> tuple[str, str]:
+        """Cause and sentence for the incarnation's record, at a clean end."""
+        if self.is_complete:
+            return "complete", f"complete at token {self.consumed_tokens}"
+        cause, text = self.stop_reason or "stop-at", f"at token {self.consumed_tokens}"
+        if cause.startswith("--stop-at"):
+            return "stop-at", f"{cause}: saved {text}"
+        if cause == signal.SIGINT.name:
+            return "interrupted", f"stopped by Ctrl-C {text}"
+        known = f"signal:{cause}" if cause in signal.Signals.__members__ else "signal"
+        return known, f"stopped by {cause} {text}"
+
+    def take(self, plan: StepPlan) -> list[AnyBatch]:
         """This rank's micro-batches of the step."""
-        self._began_s = time.perf_counter()
+        self.life.enter("compute")
         return self.loader.take(plan)
 
-    def forward_backward(self, plan: StepPlan, batches: Sequence[Batch]) -> Loss:
-        """Gradients and loss of the step; also tells every rank of signals and finished writers."""
-        flags = (self.signals.received is not None, self.checkpointer.is_writing)
+    def forward_backward(
+        self, plan: StepPlan, batches: Sequence[Batch] | Sequence[VideoBatch]
+    ) -> Loss:
+        """Gradients and loss of the step; tells all ranks of signals, saves and amendments, too."""
+        flags = (
+            self.signals.received is not None,
+            self.checkpointer.is_writing,
+            self.ledger_watch is not None and self.ledger_watch.look(plan.next_consumed_tokens),
+        )
         loss = self.stepper.forward_backward(batches, flags=flags)
         self.wants_to_stop, self.is_save_written = loss.flags[0] > 0, loss.flags[1] == 0
+        self.has_amendments = loss.flags[2] > 0
         return loss
 
     def optimizer_step(self, plan: StepPlan, loss: Loss) -> Update:
@@ -102,27 +150,29 @@ class Run:
         self.step = plan.step + 1
         self.nonfinite_steps += not update.applied
         self.nonfinite_in_a_row = 0 if update.applied else self.nonfinite_in_a_row + 1
+        self.life.step_ended(self.step)
         return update
 
     def log(self, plan: StepPlan, *, loss: Loss, update: Update) -> None:
         """Write the step's row and tell the user."""
         if self.groups.rank != 0:
             return
-        step_time_s = time.perf_counter() - self._began_s
+        step_time_s = self.life.steps_s[-1]
         values = {
-            "train/loss_nats_per_token": loss.mean,
             "train/grad_norm": update.grad_norm,
             "train/learning_rate": plan.learning_rate,
             "train/weight_decay": plan.weight_decay,
             "train/global_batch_tokens": plan.step_tokens,
-            "train/seq_length_tokens": plan.seq_length,
             "train/nonfinite_steps": self.nonfinite_steps,
             "perf/step_time_s": step_time_s,
             "perf/tokens_per_s": plan.step_tokens / step_time_s,
             "perf/data_wait_s": self.loader.last_wait_s,
-            **self._source_values(plan, loss),
-            **self._mfu(plan, step_time_s),
+            **self.step_values.of(plan, loss),
         }
+        if (peak := self.recipe.logging.peak_flops_per_device) is not None:
+            values["perf/mfu_frac"] = values["train/step_flops"] / (
+                step_time_s * peak * self.groups.world_size
+            )
         if not update.applied:
             values["train/nonfinite_first_position"] = plan.position
             values["train/nonfinite_num_samples"] = plan.num_samples
@@ -140,26 +190,6 @@ class Run:
         self.metrics.write(
             values, step=self.step, consumed_tokens=self.consumed_tokens, phase=phase
         )
-
-    def _source_values(self, plan: StepPlan, loss: Loss) -> dict[str, float]:
-        before = self._consumed
-        self._consumed = consumed = self.order.consumed_tokens(plan.position + plan.num_samples)
-        values = {}
-        for index, name in enumerate(self.order.sources):
-            mean = loss.mean_of(index)
-            if mean is not None:
-                values[f"train/{name}/loss_nats_per_token"] = mean
-            if len(consumed) <= LISTED_SOURCES or consumed[name] != before.get(name):
-                values[f"data/{name}/consumed_tokens"] = consumed[name]
-                values[f"data/{name}/epochs"] = consumed[name] / int(self.order.num_tokens[index])
-        return values
-
-    def _mfu(self, plan: StepPlan, step_time_s: float) -> dict[str, float]:
-        peak = self.recipe.logging.peak_flops_per_device
-        if peak is None:
-            return {}
-        flops = self.flops_per_token[plan.seq_length] * plan.step_tokens
-        return {"perf/mfu_frac": flops / step_time_s / (peak * self.groups.world_size)}
 
     def state(self) -> RunState:
         """Everything a checkpoint stores beside the tensors."""
@@ -193,6 +223,28 @@ class Run:
             versions=library_versions(),
         )
 
+    def write_beat(self) -> None:
+        """Rank 0 tells whoever looks at the run folder how far the run is."""
+        if self.groups.rank != 0:
+            return
+        self.life.enter(self.life.stage)  # count up to now
+        self.life.write_beat(
+            Beat(
+                at_s=time.time(),
+                step=self.step,
+                consumed_tokens=self.consumed_tokens,
+                resumed_step=self.resumed[0],
+                resumed_tokens=self.resumed[1],
+                saved_step=self.saved[0],
+                saved_tokens=self.saved[1],
+                lost_tokens=self.lost.num_tokens,
+                lost_s=self.lost.time_s,
+                times_s=self.life.times_s,
+                step_time_s=self.life.step_time_s,
+                save_s=self.longest_save_s,
+            )
+        )
+
     def close(self) -> None:
         """Stop the loader's thread, close the metrics, take the progress bar down."""
         self.loader.close()
@@ -210,6 +262,7 @@ class Run:
         self.consumed_tokens, self.step = state.consumed_tokens, state.step
         self.nonfinite_steps = state.nonfinite_steps
         self.nonfinite_in_a_row = state.nonfinite_in_a_row
+        self.resumed = self.saved = (state.step, state.consumed_tokens)
 
 
 def library_versions() -> dict[str, str]:

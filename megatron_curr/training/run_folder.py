@@ -1,12 +1,13 @@
 """The run folder: one place for everything a run writes, one run at a time. No torch here.
 
-``recipe.yaml`` (resolved), ``ledger.jsonl``, ``metrics.jsonl``, ``checkpoints/``, ``logs/`` and
-``lock``. A folder that has checkpoints is resumed; the recipe may then differ only in what does not
-decide what is trained.
+``recipe.yaml`` (resolved), ``ledger.jsonl``, ``metrics.jsonl``, ``checkpoints/``, ``logs/``,
+``incarnations/`` and ``lock``. A folder that has checkpoints is resumed; the recipe may then differ
+only in what does not decide what is trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megatron_curr.curriculum.ledger import Entry, open_ledger, read_ledger
+from megatron_curr.curriculum.ledger import Entry, hold_ledger, open_ledger, read_ledger
 from megatron_curr.errors import CheckpointError
+from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.load import (
     MAY_CHANGE_ON_RESUME,
     Difference,
@@ -29,7 +31,6 @@ from megatron_curr.training.checkpoint_folder import (
     RunState,
     list_checkpoints,
     read_state,
-    write_durably,
 )
 
 
@@ -61,8 +62,12 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """One file a rank."""
+        """A folder an incarnation, in it a file a rank."""
         return self.path / "logs"
+
+    def rank_log(self, incarnation: int, rank: int) -> Path:
+        """The log of one rank in one start of the run."""
+        return self.logs / f"{incarnation:04d}" / f"rank_{rank}.log"
 
     @property
     def has_checkpoints(self) -> bool:
@@ -93,6 +98,8 @@ class RunFolder:
                 + "\n".join(f"  {change}" for change in refused)
                 + "\n  What may change on resume: "
                 + ", ".join(MAY_CHANGE_ON_RESUME)
+                + "\n  The curriculum ahead, and sources, change with: "
+                f"megatron-curr amend {self.path} RECIPE"
             )
         return changes
 
@@ -109,23 +116,42 @@ class RunFolder:
                 )
 
     def read_ledger(self, recipe: Recipe) -> tuple[Entry, ...]:
-        """The run's ledger; for a run that starts now, the one its recipe opens."""
-        return read_ledger(self.ledger) if self.has_checkpoints else open_ledger(recipe.curriculum)
+        """The run's ledger; for a run that starts now, the one its recipe opens.
 
-    def write_records(self, recipe: Recipe, ledger: Sequence[Entry]) -> None:
+        One that was amended before its first checkpoint keeps its ledger with the amended recipe.
+        """
+        if self.has_checkpoints:
+            return read_ledger(self.ledger)
+        with contextlib.suppress(CheckpointError):
+            known = read_ledger(self.ledger)
+            if known[-1].edition.curriculum == recipe.curriculum:
+                return known
+        return open_ledger(recipe.curriculum)
+
+    def write_records(self, recipe: Recipe, ledger: Sequence[Entry], pen: Pen) -> None:
         """Put the recipe of this start, and for a new run its ledger, on disk."""
         try:
             for folder in (self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_durably(self.recipe, dump_recipe(recipe))
+            pen.write(self.recipe, dump_recipe(recipe))
             if not self.has_checkpoints:
-                write_durably(self.ledger, "".join(entry.line() + "\n" for entry in ledger))
+                self._write_ledger("".join(entry.line() + "\n" for entry in ledger), pen)
         except OSError as error:
             raise _unwritable(self.path, error) from None
 
-    def lock(self) -> RunLock:
-        """Hold the folder against every other run; released when the process ends."""
-        return RunLock(self.path / "lock")
+    def _write_ledger(self, text: str, pen: Pen) -> None:
+        """Open the ledger, unless it is the same one, perhaps amended since it was read."""
+        with hold_ledger(self.ledger):
+            known = self.ledger.read_text(encoding="utf-8") if self.ledger.is_file() else ""
+            if not known.startswith(text):
+                pen.write(self.ledger, text)
+
+    def lock(self, *, takes_over: bool = False) -> RunLock:
+        """Hold the folder against every other run; released when the process ends.
+
+        ``takes_over``: whoever holds it is known to be stale, and keeps a lock on nothing.
+        """
+        return RunLock(self.path / "lock", takes_over=takes_over)
 
     def check_free(self) -> None:
         """Raise ``CheckpointError`` when a run holds the folder now. Writes nothing."""
@@ -139,12 +165,14 @@ class RunFolder:
 class RunLock:
     """An advisory lock that the kernel drops with its holder, so it is never left behind."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, takes_over: bool = False) -> None:
         """Raises ``CheckpointError`` naming the holder when another run has it."""
         self._descriptor: int | None = None
+        own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        opened = own if takes_over else path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(opened, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise _unwritable(path.parent, error) from None
         try:
@@ -153,9 +181,12 @@ class RunLock:
             self._close()
             raise
         os.ftruncate(self._descriptor, 0)
+        job = f"job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
         os.pwrite(
-            self._descriptor, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0
+            self._descriptor, f"{job}pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0
         )
+        if takes_over:
+            own.replace(path)
         # A forked child shares the lock and would hold it past the end of its parent.
         os.register_at_fork(after_in_child=self._close)
 

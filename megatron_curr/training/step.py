@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches through megatron-core's schedules, then the update.
 
-Losses are sums over tokens; megatron-core divides the gradients by the number of tokens that carry
-loss in the whole global batch, so neither the layout nor the micro-batch enters the result.
+Losses are sums; megatron-core divides the gradients by the count of the whole global batch, so
+neither the layout nor the micro-batch enters the result. What is summed is the objective's affair.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,34 +26,38 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_curr.curriculum.schedule import StepPlan
-from megatron_curr.data.loader import Batch
 from megatron_curr.models.experts import expert_biases
-from megatron_curr.parallel.context_split import split_for_context_parallel
 from megatron_curr.parallel.groups import Groups
+from megatron_curr.training.objectives import LossFunction, Objective
+from megatron_curr.training.optimizer_state import move_average
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over a step or an evaluation, of all ranks; the same on every rank."""
+    """Sums over a step or an evaluation, of all ranks; the same on every rank.
 
-    sum_by_source: tuple[float, ...]  # nats
-    tokens_by_source: tuple[int, ...]  # tokens that carry loss
+    What is summed and counted, and by which groups, is the objective's: nats of tokens by source,
+    or squared errors of samples by source and shape.
+    """
+
+    sum_by_group: tuple[float, ...]
+    count_by_group: tuple[int, ...]
     flags: tuple[float, ...] = ()  # what ranks wanted each other to know, summed
 
     @property
     def mean(self) -> float:
-        """Nats per token, over all sources."""
-        return math.fsum(self.sum_by_source) / max(sum(self.tokens_by_source), 1)
+        """Nats per token, or mean squared error, over all groups."""
+        return math.fsum(self.sum_by_group) / max(sum(self.count_by_group), 1)
 
     @property
     def is_finite(self) -> bool:
-        """Whether no source's sum is infinite or not a number."""
-        return all(map(math.isfinite, self.sum_by_source))
+        """Whether no group's sum is infinite or not a number."""
+        return all(map(math.isfinite, self.sum_by_group))
 
-    def mean_of(self, source: int) -> float | None:
-        """Nats per token of one source; None where it had no token."""
-        tokens = self.tokens_by_source[source]
-        return self.sum_by_source[source] / tokens if tokens else None
+    def mean_of(self, *groups: int) -> float | None:
+        """The mean of some groups together; None where they had nothing that counts."""
+        count = sum(self.count_by_group[group] for group in groups)
+        return math.fsum(self.sum_by_group[group] for group in groups) / count if count else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,10 @@ class Update:
 
 
 class Stepper:
-    """Runs this rank's share of steps. ``chunks`` are its pipeline chunks, wrapped for DDP."""
+    """Runs this rank's share of steps. ``chunks`` are its pipeline chunks, wrapped for DDP.
+
+    ``ema_decay`` keeps a moving average of the weights, moved with every update.
+    """
 
     def __init__(
         self,
@@ -72,14 +80,18 @@ class Stepper:
         optimizer: ChainedOptimizer,
         *,
         groups: Groups,
-        num_sources: int,
+        objective: Objective,
+        num_groups: int,
         clip_grad: float,
+        ema_decay: float | None = None,
     ) -> None:
         self.chunks = list(chunks)
         self.optimizer = optimizer
         self._groups = groups
-        self._num_sources = num_sources
+        self.num_groups = num_groups
         self._clip_grad = clip_grad
+        self._objective = objective
+        self._ema_decay = ema_decay
         self._run_schedule = get_forward_backward_func(
             groups.pp_size, len(self.chunks) if len(self.chunks) > 1 else None
         )
@@ -88,7 +100,7 @@ class Stepper:
         for chunk in self.chunks:
             get_model_config(chunk).finalize_model_grads_func = finalize_model_grads
 
-    def forward_backward(self, batches: Sequence[Batch], *, flags: Sequence[float] = ()) -> Loss:
+    def forward_backward(self, batches: Sequence[Any], *, flags: Sequence[float] = ()) -> Loss:
         """Gradients of the global batch, ready for an update, and its loss. Collective.
 
         ``flags`` are added up over the ranks beside the loss, at no cost of their own.
@@ -100,37 +112,34 @@ class Stepper:
         sums = self._pass(
             lambda: iter(batches),
             num_batches=len(batches),
-            shape=tuple(batches[0].tokens_BS.shape),
-            num_sources=self._num_sources,
+            num_groups=self.num_groups,
             forward_only=False,
         )
-        return self._reduce(sums, self._num_sources, flags=flags)
+        return self._reduce(sums, self.num_groups, flags=flags)
 
     @torch.no_grad()
     def forward(
         self,
-        batches: Callable[[], Iterator[Batch]],
+        batches: Callable[[], Iterator[Any]],
         *,
         num_batches: int,
-        shape: tuple[int, ...],
-        num_sources: int,
+        num_groups: int,
     ) -> Loss:
         """Loss of this rank's batches and all others', in evaluation mode; leaves no trace.
 
-        Collective. ``batches`` gives a new iterator for each pipeline chunk, ``shape`` is [B, S].
+        Collective. ``batches`` gives a new iterator for each pipeline chunk.
         """
         for chunk in self.chunks:
             chunk.eval()
         sums = self._pass(
             batches,
             num_batches=num_batches,
-            shape=shape,
-            num_sources=num_sources,
+            num_groups=num_groups,
             forward_only=True,
         )
         for chunk in self.chunks:
             chunk.train()
-        return self._reduce(sums, num_sources)
+        return self._reduce(sums, num_groups)
 
     def update(self, plan: StepPlan, loss: Loss) -> Update:
         """Clip and apply the gradients; a non-finite loss or gradient leaves all as it was."""
@@ -150,23 +159,24 @@ class Stepper:
                     part.get_parameters(), max_norm=self._clip_grad, total_norm=grad_norm
                 )
         self.optimizer.step_with_ready_grads()
+        if self._ema_decay is not None:
+            move_average(self.optimizer, self._ema_decay)
         return Update(grad_norm, applied=True)
 
     def _pass(
         self,
-        batches: Callable[[], Iterator[Batch]],
+        batches: Callable[[], Iterator[Any]],
         *,
         num_batches: int,
-        shape: tuple[int, ...],
-        num_sources: int,
+        num_groups: int,
         forward_only: bool,
     ) -> list[Tensor]:
-        """[2, num_sources] of each micro-batch on the last pipeline stage; empty on the others."""
-        micro_batch_size, seq_length = shape
-        iterators = [batches() for _ in self.chunks]
+        """[2, num_groups] of each micro-batch on the last pipeline stage; empty on the others."""
+        first, *iterators = [batches() for _ in range(1 + len(self.chunks))]
+        micro_batch_size, seq_length = self._objective.shape(next(first))
         is_interleaved = len(self.chunks) > 1
         sums: list[Tensor] = self._run_schedule(
-            forward_step_func=partial(self._forward_step, num_sources=num_sources),
+            forward_step_func=partial(self._forward_step, num_groups=num_groups),
             data_iterator=iterators if is_interleaved else iterators[0],
             model=self.chunks if is_interleaved else self.chunks[0],
             num_microbatches=num_batches,
@@ -177,29 +187,15 @@ class Stepper:
         return sums
 
     def _forward_step(
-        self, batches: Iterator[Batch], chunk: DistributedDataParallel, *, num_sources: int
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-        batch = next(batches)
-        device, groups = self._groups.device, self._groups
-        mask_BS = split_for_context_parallel(batch.loss_mask_BS, groups).to(device)
-        output = chunk(
-            split_for_context_parallel(batch.tokens_BS, groups).to(device),
-            None,  # RoPE counts for itself
-            None if batch.document_ids_BS is None else batch.document_ids_BS.to(device),
-            labels=split_for_context_parallel(batch.labels_BS, groups).to(device),
-        )
-        return output, partial(
-            loss_sums,
-            mask_BS=mask_BS,
-            source_B=batch.source_index_B.to(device),
-            num_sources=num_sources,
-        )
+        self, batches: Iterator[Any], chunk: DistributedDataParallel, *, num_groups: int
+    ) -> tuple[Tensor, LossFunction]:
+        return self._objective.forward(chunk, next(batches), num_groups=num_groups)
 
     def _reduce(
-        self, sums: Sequence[Tensor], num_sources: int, *, flags: Sequence[float] = ()
+        self, sums: Sequence[Tensor], num_groups: int, *, flags: Sequence[float] = ()
     ) -> Loss:
         """Add up the ranks; tensor-parallel ranks hold the same numbers, so one of them speaks."""
-        count = num_sources
+        count = num_groups
         totals = torch.zeros(
             2 * count + len(flags), dtype=torch.float64, device=self._groups.device
         )
@@ -209,19 +205,7 @@ class Stepper:
         dist.all_reduce(totals)
         values = totals.tolist()
         return Loss(
-            sum_by_source=tuple(values[:count]),
-            tokens_by_source=tuple(round(value) for value in values[count : 2 * count]),
+            sum_by_group=tuple(values[:count]),
+            count_by_group=tuple(round(value) for value in values[count : 2 * count]),
             flags=tuple(values[2 * count :]),
         )
-
-
-def loss_sums(
-    loss_BS: Tensor, *, mask_BS: Tensor, source_B: Tensor, num_sources: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum to differentiate, number of tokens, [2, num_sources] sums and tokens by source)."""
-    mask_BS = mask_BS.to(torch.float32)
-    masked_BS = loss_BS.float() * mask_BS
-    by_source = torch.zeros(2, num_sources, dtype=torch.float64, device=loss_BS.device)
-    by_source[0].index_add_(0, source_B, masked_BS.detach().sum(dim=1, dtype=torch.float64))
-    by_source[1].index_add_(0, source_B, mask_BS.sum(dim=1, dtype=torch.float64))
-    return masked_BS.sum(), mask_BS.sum().to(torch.int), by_source

@@ -6,29 +6,19 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from megatron_curr.convert.export import choose_family, export_run
+from megatron_curr.convert.export import Export, export
+from megatron_curr.convert.run_conversion import run_conversion
+from megatron_curr.convert.source import open_source
 from megatron_curr.convert.stored import open_stored
-from megatron_curr.convert.verify import verify_export
+from megatron_curr.convert.verify import compare, verify
 from megatron_curr.errors import CheckpointError, DataError, RecipeError, UserError
-from megatron_curr.recipe.load import load_recipe
 from tests.convert.saved_runs import VOCAB_SIZE, save_run, write_corpus
-
-MODELS = {
-    "llama_tied": {"untie_embeddings_and_output_weights": False},
-    "llama_untied": {"rotary_base": 500_000.0, "kv_channels": 16},
-    "qwen2": {"add_qkv_bias": True},
-    "qwen3": {"qk_layernorm": True, "kv_channels": 16},
-}
-ARCHITECTURES = {
-    "llama_tied": "LlamaForCausalLM",
-    "llama_untied": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +38,33 @@ def own_run(plain_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(plain_run, tmp_path / "run")
 
 
+def export_run(run: Path, output: Path, **options: Any) -> Export:
+    return export(open_source(run), output, **options)
+
+
+def largest_difference(folder: Path, run: Path) -> float:
+    source = open_source(run)
+    return compare(folder, source.path, source).largest_logit_difference
+
+
 @pytest.mark.parametrize(
-    ("name", "tp", "pp"),
+    ("architecture", "tp", "pp", "model"),
     [
-        *((name, 2, 1) for name in MODELS),
-        ("llama_tied", 1, 1),
-        ("llama_tied", 1, 2),
-        ("qwen3", 1, 2),
+        ("Qwen3ForCausalLM", 2, 2, {"qk_layernorm": True, "kv_channels": 16}),
+        ("MixtralForCausalLM", 2, 1, {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}),
     ],
 )
-def test_logits_equal_the_checkpoints(
-    corpus: Path, tmp_path: Path, name: str, tp: int, pp: int
+def test_logits_equal_those_of_a_real_save(
+    corpus: Path, tmp_path: Path, architecture: str, tp: int, pp: int, model: dict[str, Any]
 ) -> None:
-    run = save_run(corpus, tmp_path / "run", tp=tp, pp=pp, **MODELS[name])
-    export = export_run(run, tmp_path / "hf")
-    assert export.architecture == ARCHITECTURES[name]
-    agreement = verify_export(tmp_path / "hf", run)
-    assert agreement.largest_logit_difference < 1e-5
-    assert agreement.same_next_token_frac == 1.0
-    assert agreement.num_tokens >= 256
+    run = save_run(corpus, tmp_path / "run", tp=tp, pp=pp, **model)
+    done = run_conversion(run, tmp_path / "hf", verify=True)
+    assert done.architecture == architecture
+    assert done.agreement is not None
+    assert done.agreement.largest_logit_difference < 1e-5
+    assert done.agreement.same_next_token_frac == 1.0
+    assert done.agreement.num_tokens >= 256
+    assert done.agreement.perplexity == pytest.approx(done.agreement.perplexity_of_ours)
 
 
 def test_a_changed_weight_is_seen(plain_run: Path, tmp_path: Path) -> None:
@@ -77,14 +75,47 @@ def test_a_changed_weight_is_seen(plain_run: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.2.self_attn.k_proj.weight"].mul_(1.5)
     save_file(tensors, file, metadata={"format": "pt"})
-    assert not verify_export(tmp_path / "hf", plain_run).is_close
+    source = open_source(plain_run)
+    assert not compare(tmp_path / "hf", source.path, source).is_close
+    with pytest.raises(CheckpointError, match="is not the model of"):
+        verify(tmp_path / "hf", source.path, source)
+
+
+def test_a_conversion_that_is_not_the_model_leaves_nothing(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_curr.convert.verify.SAME_BITS", -1.0)
+    with pytest.raises(CheckpointError, match=r"next token the same in 100\.00%"):
+        run_conversion(plain_run, tmp_path / "hf", verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_conversion_goes_on_where_it_was(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def stop(count: int) -> None:
+        written.append(count)
+        if len(written) == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_run(plain_run, tmp_path / "hf", max_file_bytes=20_000, on_bytes=stop)
+    whole = sorted((tmp_path / ".hf.partial").glob("model-*.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in whole]
+    assert whole
+    export_run(plain_run, tmp_path / "hf", max_file_bytes=20_000)
+    assert [(tmp_path / "hf" / path.name).stat().st_mtime_ns for path in whole] == stamps
+    assert largest_difference(tmp_path / "hf", plain_run) < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_shards_hold_the_same_tensors_as_one_file(plain_run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     export_run(plain_run, tmp_path / "one")
-    export_run(plain_run, tmp_path / "many", max_shard_bytes=20_000)
+    export_run(plain_run, tmp_path / "many", max_file_bytes=20_000)
     whole = load_file(tmp_path / "one" / "model.safetensors")
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -92,7 +123,7 @@ def test_shards_hold_the_same_tensors_as_one_file(plain_run: Path, tmp_path: Pat
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "many" / file)[name], whole[name])
     assert whole["model.embed_tokens.weight"].shape[0] == VOCAB_SIZE
-    assert verify_export(tmp_path / "many", plain_run).largest_logit_difference < 1e-5
+    assert largest_difference(tmp_path / "many", plain_run) < 1e-5
 
 
 def test_bf16_is_the_rounded_fp32(plain_run: Path, tmp_path: Path) -> None:
@@ -110,7 +141,7 @@ def test_bf16_is_the_rounded_fp32(plain_run: Path, tmp_path: Path) -> None:
 def test_a_bf16_run_exports_as_it_is_stored(corpus: Path, tmp_path: Path) -> None:
     run = save_run(corpus, tmp_path / "run", precision="bf16")
     assert export_run(run, tmp_path / "hf").dtype == "bfloat16"
-    assert verify_export(tmp_path / "hf", run).largest_logit_difference < 1e-5
+    assert largest_difference(tmp_path / "hf", run) < 1e-5
 
 
 def test_config_serves_transformers_4_and_5(plain_run: Path, tmp_path: Path) -> None:
@@ -138,6 +169,23 @@ def test_generation_stops_at_the_end_token(plain_run: Path, tmp_path: Path) -> N
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > 2
 
 
+def test_a_chat_template_is_published_for_versions_4_and_5(plain_run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    export_run(plain_run, tmp_path / "hf", chat_template=template)
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == (tmp_path / "hf" / "chat_template.jinja").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: hi\n"
+    template.write_text("{% for %}")
+    with pytest.raises(DataError, match="is no chat template"):
+        export_run(plain_run, tmp_path / "other", chat_template=template)
+    assert not (tmp_path / "other").exists()
+
+
 def test_model_card_tells_the_run(plain_run: Path, tmp_path: Path) -> None:
     export_run(plain_run, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -148,6 +196,10 @@ def test_model_card_tells_the_run(plain_run: Path, tmp_path: Path) -> None:
     assert "4,096 tokens of the 8,192" in card
     assert "AutoModelForCausalLM" in card
     assert "gradients clipped at 1.0" in card
+    for name in ("mixture", "train_loss", "heldout_loss"):
+        assert f"](plots/{name}.svg)" in card
+        root = ElementTree.parse(tmp_path / "hf" / "plots" / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_a_target_with_content_is_refused_and_kept(plain_run: Path, tmp_path: Path) -> None:
@@ -167,7 +219,7 @@ def test_an_empty_target_is_filled(plain_run: Path, tmp_path: Path) -> None:
 
 def test_one_checkpoint_may_be_named(plain_run: Path, tmp_path: Path) -> None:
     checkpoint = plain_run / "checkpoints" / "step_00000016"
-    assert export_run(checkpoint, tmp_path / "hf").checkpoint == checkpoint
+    assert export_run(checkpoint, tmp_path / "hf").source == checkpoint
 
 
 def test_a_torn_checkpoint_is_passed_over_or_refused(own_run: Path, tmp_path: Path) -> None:
@@ -175,9 +227,9 @@ def test_a_torn_checkpoint_is_passed_over_or_refused(own_run: Path, tmp_path: Pa
     torn = shutil.copytree(whole, whole.with_name("step_00000017"))
     file = next(torn.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
-    export = export_run(own_run, tmp_path / "hf")
-    assert export.checkpoint == whole
-    assert "step_00000017" in export.passed_over[0]
+    done = run_conversion(own_run, tmp_path / "hf", verify=False)
+    assert done.source == whole
+    assert "step_00000017" in done.passed_over[0]
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
         export_run(torn, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -220,14 +272,8 @@ def test_a_model_without_an_architecture_is_refused(own_run: Path, tmp_path: Pat
         export_run(own_run, tmp_path / "hf")
 
 
-def test_a_model_with_experts_is_refused(own_run: Path) -> None:
-    model = load_recipe(own_run / "recipe.yaml").model.model_copy(update={"num_moe_experts": 4})
-    with pytest.raises(RecipeError, match="num_moe_experts=4: there is no table"):
-        choose_family(model)
-
-
 def test_an_unknown_dtype_is_refused(plain_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="fp32, bf16"):
+    with pytest.raises(RecipeError, match="fp32, bf16, fp16"):
         export_run(plain_run, tmp_path / "hf", dtype="fp8")
 
 
@@ -265,7 +311,7 @@ def test_foreign_pickles_do_not_run(
 def test_a_chunk_with_other_bytes_is_named(own_run: Path) -> None:
     checkpoint = own_run / "checkpoints" / "step_00000016"
     stored = open_stored(checkpoint)
-    chunk = stored["decoder.final_layernorm.weight"].chunks[0]
+    chunk = stored.tensors["decoder.final_layernorm.weight"].chunks[0]
     path = checkpoint / chunk.file
     data = bytearray(path.read_bytes())
     data[chunk.first_byte : chunk.first_byte + chunk.num_bytes] = bytes(chunk.num_bytes)

@@ -1,6 +1,8 @@
 """The ledger: appended only, chained by hashes, and deaf to attempts at the past."""
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_curr.curriculum.ledger import (
     amend,
     append_entries,
+    hold_ledger,
     ledger_schedule,
     open_ledger,
     read_ledger,
@@ -74,6 +77,43 @@ def test_line_torn_while_being_written_never_took_effect(tmp_path: Path) -> None
     append_entries(path, ledger)
     path.write_text(path.read_text()[:-40])
     assert read_ledger(path) == ledger[:1]
+
+
+def test_an_entry_after_a_torn_line_takes_its_place_and_carries_its_sources(tmp_path: Path) -> None:
+    sources = {"math": {"shards": "data/math", "max_epochs": 2.0}}
+    first = open_ledger(one_phase())
+    ledger = amend(first, one_phase(12800), from_tokens=640, reason="longer", sources=sources)
+    path = tmp_path / "ledger.jsonl"
+    append_entries(path, ledger)
+    path.write_text(path.read_text()[:-40])
+    append_entries(path, ledger[1:])
+    assert read_ledger(path) == ledger
+    assert read_ledger(path)[1].sources == sources
+    assert (
+        ledger[1].hash != amend(first, one_phase(12800), from_tokens=640, reason="longer")[1].hash
+    )
+
+
+def append_one(path: Path) -> None:
+    with hold_ledger(path):
+        ledger = read_ledger(path)
+        tokens = ledger[-1].edition.from_tokens + 64
+        entry = amend(ledger, one_phase(), from_tokens=tokens, reason=str(os.getpid()))[-1]
+        append_entries(path, [entry])
+
+
+def test_processes_that_append_at_once_make_one_chain(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append_entries(path, open_ledger(one_phase()))
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=append_one, args=(path,)) for _ in range(6)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+    ledger = read_ledger(path)
+    assert [entry.edition.from_tokens for entry in ledger] == [64 * n for n in range(7)]
+    assert len({entry.reason for entry in ledger}) == 7
 
 
 @pytest.mark.parametrize("text", ["", "not json\n", "{}\n", '{"from_tokens": 0}\n'])

@@ -170,6 +170,7 @@ def test_amendment_off_a_steps_edge_is_refused() -> None:
 
 
 @given(st.sampled_from(["linear", "cosine", "step"]), st.floats(0, 0.9), st.floats(0.01, 0.1))
+@settings(deadline=None)
 def test_mean_progress_is_the_mean_of_progress(shape, start, width) -> None:
     grid = [progress(shape, start + width * (i + 0.5) / 4000) for i in range(4000)]
     assert mean_progress(shape, start, start + width) == pytest.approx(sum(grid) / 4000, abs=1e-4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launch.worker import Place, join, run_rank
+from launch.meeting import Place, join
+from launch.worker import run_rank
 
 
 class ModelBroke(Exception):

@@ -16,7 +16,7 @@ import pytest
 from megatron_curr.data.shards import ShardWriter
 from megatron_curr.training.checkpoint_folder import list_checkpoints, read_state
 from megatron_curr.training.run_folder import RunFolder
-from tests.training.runs import Runs, losses, newest_tensors, rows
+from tests.training.runs import Runs, losses, newest_tensors, rank_log, rows
 from tests.training.tiny import write_corpus
 
 TP2 = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
@@ -88,7 +88,7 @@ def test_signals_save_and_end_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
     assert f"megatron-curr train {run}/recipe.yaml --ranks 2" in output
     (newest,) = list_checkpoints(run / "checkpoints")[-1:]
     assert read_state(newest).consumed_tokens == rows(run)[-1]["consumed_tokens"] < 8192
-    assert (run / "logs" / "rank_1.log").read_text().count("rank 1 of 2") == 1
+    assert rank_log(run, 1).read_text().count("rank 1 of 2") == 1
     process = start(runs.recipe("terminated"))
     wait_for_step(run, 10, process)
     process.send_signal(signal.SIGUSR1)
@@ -106,7 +106,7 @@ def test_signals_save_and_end_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
 def test_a_rank_that_dies_takes_the_others_down(runs: Runs) -> None:
     run = runs.folder / "crashed"
     process = start(runs.recipe("crashed", TP2), "--ranks", 2)
-    log = run / "logs" / "rank_1.log"
+    log = run / "logs" / "0001" / "rank_1.log"
     wait_until(lambda: log.exists() and "pid" in log.read_text(), process)
     os.kill(int(log.read_text().split("pid ")[1].split()[0]), signal.SIGKILL)
     code, output = finish(process)

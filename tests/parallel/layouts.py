@@ -15,7 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from megatron_curr.models.gpt import PRECISIONS, build_gpt_chunks
+from megatron_curr.models.gpt import build_gpt_chunks
+from megatron_curr.models.layout_settings import PRECISIONS
 from megatron_curr.parallel.context_split import split_for_context_parallel
 from megatron_curr.parallel.data_parallel import wrap_for_data_parallel
 from megatron_curr.parallel.full_tensors import (

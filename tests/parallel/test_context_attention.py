@@ -132,6 +132,42 @@ def test_tiles_equal_full_attention() -> None:
     run_ranks(equals_written_out, 2, 5, SHAPES)
 
 
+def padding_is_seen_by_no_token(rank: int) -> None:
+    cp_size = dist.get_world_size()
+
+    def part(whole: Tensor) -> Tensor:
+        return split_sequence(whole, cp_rank=rank, cp_size=cp_size, dim=0)
+
+    *whole, out_gradient = inputs(SHAPES["own keys for every head"])
+    for num_tokens in (37, 20, 7):  # of 48; at 7 some ranks hold padding only
+        leaves = [x.clone().requires_grad_() for x in whole]
+        tokens = [x[:num_tokens] for x in leaves]
+        expected = torch.zeros_like(leaves[0])
+        expected[:num_tokens] = written_out(*tokens, causal=False, documents_BS=None)
+        # What padded places themselves get is of no account.
+        counts = (torch.arange(SEQ_LENGTH) < num_tokens)[:, None, None, None]
+        gradients = torch.autograd.grad(expected, leaves, out_gradient * counts)
+        for name, exchange in exchanges(rank, cp_size).items():
+            local = [part(x).clone().requires_grad_() for x in whole]
+            out = attention(
+                *local,
+                softmax_scale=SCALE,
+                num_tokens=num_tokens,
+                is_causal=False,
+                exchange=exchange,
+            )
+            ours = torch.autograd.grad(out, local, part(out_gradient * counts))
+            found, wanted = (out * part(counts), *ours), (expected, *gradients)
+            for one, other in zip(found, wanted, strict=True):
+                error = (one - part(other)).abs().max().item()
+                assert error < TOLERANCE, (name, num_tokens, error)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_padding_is_seen_by_no_token_in_any_exchange(cp_size: int) -> None:
+    run_ranks(padding_is_seen_by_no_token, cp_size)
+
+
 def sum_of_outputs_has_gradients(rank: int) -> None:
     """The gradient of a sum is one number, stretched: kernels must not take it for rows."""
     shape = SHAPES["own keys for every head"]

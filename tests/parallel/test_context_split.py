@@ -8,6 +8,7 @@ from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_thi
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.parallel.context_split import (
+    count_before,
     join_ranks,
     local_positions,
     split_sequence,
@@ -53,3 +54,12 @@ def test_causal_work_is_equal_on_every_rank() -> None:
 def test_a_length_that_does_not_divide_names_one_that_does() -> None:
     with pytest.raises(RecipeError, match=r"seq_length=30 must be a multiple of .*8.*use 24"):
         split_sequence(torch.zeros(1, 30), cp_rank=0, cp_size=4, dim=1)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_tokens_before_a_place_are_a_rank_s_first_ones(cp_size: int) -> None:
+    for end in range(0, 25):
+        for rank in range(cp_size):
+            places = local_positions(24, cp_rank=rank, cp_size=cp_size)
+            count = count_before(end, seq_length=24, cp_rank=rank, cp_size=cp_size)
+            assert (places[:count] < end).all() and (places[count:] >= end).all()

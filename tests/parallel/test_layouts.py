@@ -1,4 +1,7 @@
-"""Every layout trains the model that one rank trains: loss, gradient norm, every gradient."""
+"""Layouts that the matrix of tests/training/test_parity.py has no room for equal one rank.
+
+Loss, gradient norm and every gradient of one step of the model alone, without a run around it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_curr.models.gpt import transformer_config
 from tests.parallel.layouts import Result, layout, run_steps, tiny_model
 from tests.ranks import run_ranks
 
@@ -29,20 +33,6 @@ SIX_LAYERS = {
 }
 ONE_QUERY_GROUP = {"one query group": {"model": tiny_model(num_query_groups=1)}}
 
-TWO_RANKS = {
-    "tp2": layout(tp=2),
-    "tp2 sp": layout(tp=2, sequence_parallel=True),
-    "pp2": layout(pp=2),
-    "pp2 vpp2": layout(pp=2, vpp=2),
-    "cp2": layout(cp=2),
-    "pp2, one layer in the first stage": layout(pp=2, num_layers_in_first_pipeline_stage=1),
-    "dp2": layout(),
-    "dp2 distributed optimizer": layout(distributed_optimizer=True),
-}
-FOUR_RANKS = {
-    "tp2 cp2 sp": layout(tp=2, cp=2, sequence_parallel=True),
-    "pp2 dp2 distributed optimizer": layout(pp=2, distributed_optimizer=True),
-}
 DEEP_PIPELINES = {
     "pp4": layout(pp=4),
     "pp4, two layers in the first stage, two in the last": layout(
@@ -104,17 +94,9 @@ def layouts_equal_one_rank(rank: int, path: Path, layouts: dict, variants: dict[
     assert not wrong, wrong
 
 
-def test_two_ranks_equal_one(one_rank: Path) -> None:
-    run_ranks(layouts_equal_one_rank, 2, one_rank, TWO_RANKS, VARIANTS)
-
-
 def test_more_tensor_ranks_than_query_groups(one_rank: Path) -> None:
-    layouts = {name: TWO_RANKS[name] for name in ("tp2", "tp2 sp")}
+    layouts = {"tp2": layout(tp=2), "tp2 sp": layout(tp=2, sequence_parallel=True)}
     run_ranks(layouts_equal_one_rank, 2, one_rank, layouts, ONE_QUERY_GROUP)
-
-
-def test_four_ranks_equal_one(one_rank: Path) -> None:
-    run_ranks(layouts_equal_one_rank, 4, one_rank, FOUR_RANKS, VARIANTS)
 
 
 def test_deep_and_uneven_pipelines_equal_one_rank(one_rank: Path) -> None:
@@ -162,3 +144,10 @@ def bf16_agrees(rank: int, path: Path) -> None:
 
 def test_bf16_agrees_to_its_precision(one_rank: Path) -> None:
     run_ranks(bf16_agrees, 2, one_rank)
+
+
+def test_exchange_reaches_every_core_through_the_configuration() -> None:
+    parallel = layout(cp=4, context_parallel_exchange="a2a+p2p")
+    config = transformer_config(tiny_model(), parallel=parallel, precision="fp32")
+    assert config.cp_comm_type == "a2a+p2p"
+    assert config.hierarchical_context_parallel_sizes == [2, 2]

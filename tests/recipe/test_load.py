@@ -46,8 +46,10 @@ def test_unknown_key_names_line_and_nearest_key(tmp_path: Path) -> None:
 
 
 def test_unknown_key_with_no_neighbour_lists_what_is_known(tmp_path: Path) -> None:
-    line = only_refusal(tmp_path, "training.zzz=1")
-    assert line == "training.zzz: unknown key; known keys: precision, max_nonfinite_steps"
+    line = only_refusal(tmp_path, "optimizer.zzz=1")
+    assert line == (
+        "optimizer.zzz: unknown key; known keys: adam_beta1, adam_beta2, adam_eps, clip_grad"
+    )
 
 
 def test_unknown_key_inside_a_ramp_is_reported_for_that_form_alone(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_phase_of_zero_tokens_is_refused(tmp_path: Path) -> None:
         ("{prose: -1}", "weight of 'prose' is -1.0; it must be a number of 0 or more"),
         ("{prose: .nan}", "weight of 'prose' is nan; it must be a number of 0 or more"),
         ("{prose: .inf}", "weight of 'prose' is inf; it must be a number of 0 or more"),
-        ("{prose: 0, code: 0}", "every weight is zero; give at least one source a positive weight"),
+        ("{prose: 0, code: 0}", "every weight is zero; give at least one a positive weight"),
     ],
 )
 @pytest.mark.parametrize("where", ["mixture", "mixture.to"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_curr.curriculum.schedule import StepPlan
 from tests.ranks import run_ranks
 from tests.training.tiny import recipe_values, write_recipe
 
@@ -47,14 +49,32 @@ class Runs:
 
 def train_rank(rank: int, recipe: str, ranks: int, stop_at_tokens: int | None) -> None:
     """What ``launch.worker`` does once the ranks have met."""
-    from launch.worker import Place, train_prepared
+    from launch.meeting import Place
+    from launch.worker import train_prepared
     from megatron_curr.recipe.load import load_recipe
+    from megatron_curr.training.life import begin_life
     from megatron_curr.training.preflight import prepare
     from megatron_curr.training.signals import StopSignals
 
     place = Place(rank, ranks, rank, ranks)
     prepared = prepare(load_recipe(recipe), ranks)
-    train_prepared(prepared, place, signals=StopSignals(), stop_at_tokens=stop_at_tokens)
+    life = begin_life(prepared.folder, world_size=ranks) if rank == 0 else None
+    train_prepared(prepared, place, life=life, signals=StopSignals(), stop_at_tokens=stop_at_tokens)
+
+
+def within_step(step: int, action: Callable[[], None]) -> None:
+    """In a forked rank: do something in the step that follows ``step`` steps, once it has data."""
+    from megatron_curr.training.run import Run
+
+    take = Run.take
+
+    def take_then(run: Run, plan: StepPlan) -> list[Any]:
+        batches = take(run, plan)
+        if run.step == step:
+            action()
+        return batches
+
+    Run.take = take_then  # type: ignore[method-assign]
 
 
 def rows(run: Path, name: str = "train/loss_nats_per_token") -> list[dict[str, Any]]:
@@ -66,6 +86,11 @@ def rows(run: Path, name: str = "train/loss_nats_per_token") -> list[dict[str, A
         if name in row
     ]
     return sorted(kept, key=lambda row: row["consumed_tokens"])
+
+
+def rank_log(run: Path, rank: int = 0) -> Path:
+    """A rank's log of the newest start."""
+    return max((run / "logs").glob("[0-9]*")) / f"rank_{rank}.log"
 
 
 def losses(run: Path) -> list[float]:

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_curr.training.checkpoint_folder import (
-    clear_unfinished,
     find_fault,
     list_checkpoints,
     read_state,
 )
 from tests.ranks import RankError, run_ranks
-from tests.training.runs import Runs, newest_tensors, rows, tear, train_rank
+from tests.training.runs import Runs, newest_tensors, rank_log, rows, tear, train_rank, within_step
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +78,8 @@ def test_a_torn_checkpoint_is_passed_over_for_the_newest_intact_one(
     checkpoints = list_checkpoints(finished / "checkpoints")
     tear(checkpoints[-1])
     (checkpoints[-2] / "common.pt").unlink()
-    (finished / "checkpoints" / ".saving-step_00000099").mkdir()
     runs.train("finished", changes={"checkpoint.keep_last": 3})
-    log = (finished / "logs" / "rank_0.log").read_text()
+    log = rank_log(finished).read_text()
     assert "step_00000024 is torn and was passed over: __0_0.distcp does not match" in log
     assert "step_00000022 is torn and was passed over: common.pt is missing" in log
     assert "resumed at token 6144, step 20" in log
@@ -89,7 +87,6 @@ def test_a_torn_checkpoint_is_passed_over_for_the_newest_intact_one(
     assert rows(finished) == steps  # the rows after token 6144 were written again, not doubled
     assert list((finished / "logs").glob("metrics_after_6144_*.jsonl"))
     assert (finished / "checkpoints" / "torn-step_00000024").is_dir()
-    assert not (finished / "checkpoints" / ".saving-step_00000099").exists()
 
 
 def test_no_intact_checkpoint_is_an_error_that_loses_nothing(runs: Runs) -> None:
@@ -101,6 +98,20 @@ def test_no_intact_checkpoint_is_an_error_that_loses_nothing(runs: Runs) -> None
         runs.train("all_torn")
     assert list_checkpoints(run / "checkpoints") == [checkpoint]
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_save_by_way_of_the_nodes_own_disk_is_the_same(runs: Runs, tmp_path: Path) -> None:
+    local = tmp_path / "scratch"
+    plain = runs.train("plain", ranks=2, stop_at_tokens=1024)
+    run = runs.train(
+        "local", ranks=2, changes={"checkpoint.node_local": str(local)}, stop_at_tokens=1024
+    )
+    assert newest_tensors(run) == newest_tensors(plain)
+    assert find_fault(list_checkpoints(run / "checkpoints")[-1]) is None
+    assert local.is_dir() and list(local.iterdir()) == []
+    blocked = {"checkpoint.node_local": str(runs.corpus / "tokenizer.model")}
+    with pytest.raises(RankError, match=r"SaveFailed: .*FileExistsError"):
+        runs.train("local", ranks=2, changes=blocked, stop_at_tokens=2048)
 
 
 def test_retention_keeps_the_last_ones_and_one_for_every_so_many_tokens(runs: Runs) -> None:
@@ -121,20 +132,13 @@ def test_state_holds_the_clock_and_every_source(runs: Runs) -> None:
     assert {"torch", "megatron-core"} <= state.versions.keys()
 
 
-def test_unfinished_saves_of_a_dead_run_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".saving-step_00000001" / "deep").mkdir(parents=True)
-    (tmp_path / "step_00000001").mkdir()
-    assert clear_unfinished(tmp_path) == [".saving-step_00000001"]
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-
-
 def test_a_disk_that_fills_keeps_the_checkpoint_before_and_the_run_goes_on(runs: Runs) -> None:
     """The kernel refuses to let any file grow past a limit, as a full disk does (EFBIG, ENOSPC)."""
     run = runs.train("full_disk", stop_at_tokens=1024)
     intact = newest_tensors(run)
     with pytest.raises(RankError, match=r"SaveFailed: the last checkpoint, at token 3072"):
         run_ranks(train_with_small_files, 2, str(runs.recipe("full_disk")), 2, 3072)
-    log = (run / "logs" / "rank_0.log").read_text()
+    log = rank_log(run).read_text()
     assert "checkpoint of step 8 is given up (rank 0: " in log
     assert "the one before is intact, the run goes on" in log
     assert newest_tensors(run) == intact
@@ -147,6 +151,6 @@ def test_a_disk_that_fills_keeps_the_checkpoint_before_and_the_run_goes_on(runs:
 
 
 def train_with_small_files(rank: int, recipe: str, ranks: int, stop_at_tokens: int) -> None:
-    """Two ranks that may write at most 200 kB a file: metrics and logs fit, tensors do not."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    """From step 4 on each file may hold 200 kB: metrics and logs fit, tensors do not."""
+    within_step(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     train_rank(rank, recipe, ranks, stop_at_tokens)

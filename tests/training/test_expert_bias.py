@@ -10,6 +10,7 @@ from megatron_curr.data.loader import Batch
 from megatron_curr.models.experts import expert_biases
 from megatron_curr.models.gpt import build_gpt_chunks
 from megatron_curr.parallel.groups import build_groups
+from megatron_curr.training.objectives import NextToken
 from megatron_curr.training.step import Loss, Stepper
 from tests.parallel.layouts import VOCAB_SIZE, batch_of, build_optimizer, layout, tiny_model, wrap
 from tests.ranks import run_ranks
@@ -34,7 +35,9 @@ def refused_update_leaves_the_bias(rank: int) -> None:
     )
     ddp = wrap(chunks, parallel)
     optimizer = build_optimizer(ddp, parallel, precision="fp32")
-    stepper = Stepper(ddp, optimizer, groups=groups, num_sources=1, clip_grad=1.0)
+    stepper = Stepper(
+        ddp, optimizer, groups=groups, objective=NextToken(groups), num_groups=1, clip_grad=1.0
+    )
     rows = batch_of([0], isolate_documents=False)
     batch = Batch(
         tokens_BS=rows["tokens"],
@@ -47,7 +50,7 @@ def refused_update_leaves_the_bias(rank: int) -> None:
     (bias,) = expert_biases(ddp)
     stepper.forward_backward([batch])
     assert bias.any()
-    not_a_number = Loss(sum_by_source=(math.nan,), tokens_by_source=(1,))
+    not_a_number = Loss(sum_by_group=(math.nan,), count_by_group=(1,))
     assert not stepper.update(None, not_a_number).applied
     assert not bias.any()
 

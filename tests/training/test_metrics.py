@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_curr.incarnation.fence import Pen
 from megatron_curr.training.metrics import (
     METRICS,
     Metrics,
@@ -40,11 +41,15 @@ def test_rows_after_the_clock_are_moved_aside(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     rows = [json.dumps({"consumed_tokens": tokens}) + "\n" for tokens in (0, 100, 200, 150, 300)]
     path.write_text("".join(rows) + '{"consumed_tok')
-    assert drop_rows_after(path, 150, aside=tmp_path / "logs") == 3
+    pen, stale = Pen.beside(tmp_path), MetricsFile(path)
+    lost = drop_rows_after(path, 150, aside=tmp_path / "logs", pen=pen)
+    assert (lost.num_rows, lost.num_tokens) == (3, 150)
     assert path.read_text() == rows[0] + rows[1] + rows[3]
     (aside,) = (tmp_path / "logs").iterdir()
     assert aside.read_text() == rows[2] + rows[4] + '{"consumed_tok'
-    assert drop_rows_after(path, 150, aside=tmp_path / "logs") == 0
+    stale.write({"consumed_tokens": 999})  # by an incarnation that has been fenced
+    assert drop_rows_after(path, 150, aside=tmp_path / "logs", pen=pen).num_rows == 0
+    assert path.read_text() == rows[0] + rows[1] + rows[3]
 
 
 def test_a_disk_without_room_delays_rows_and_tears_none(tmp_path: Path) -> None:

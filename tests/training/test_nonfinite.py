@@ -47,12 +47,14 @@ def poison_and_train(rank: int, recipe: str) -> None:
     from megatron_curr.recipe.load import load_recipe
     from megatron_curr.training import optimizer_state
     from megatron_curr.training.build import build_run
+    from megatron_curr.training.life import begin_life
     from megatron_curr.training.preflight import prepare
     from megatron_curr.training.signals import StopSignals
 
     prepared = prepare(load_recipe(recipe), 1)
-    prepared.folder.write_records(prepared.recipe, prepared.ledger)
-    with build_run(prepared, signals=StopSignals()) as run:
+    life = begin_life(prepared.folder)
+    prepared.folder.write_records(prepared.recipe, prepared.ledger, life.pen)
+    with build_run(prepared, life=life, signals=StopSignals()) as run:
         (chunk,) = run.stepper.chunks
         with torch.no_grad():
             chunk.module.embedding.word_embeddings.weight[POISONED_TOKEN] = float("inf")

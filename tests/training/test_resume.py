@@ -36,7 +36,7 @@ def test_same_layout_to_the_bit(runs: Runs, unbroken: Path, stop_at_tokens: int)
 
 
 def test_same_layout_to_the_bit_with_sharded_bf16_optimizer(runs: Runs) -> None:
-    changes = {**SHARDED, **BF16}
+    changes = {**SHARDED, **BF16, "training.ema_decay": 0.9}
     whole = runs.train("sharded_whole", ranks=2, changes=changes)
     runs.train("sharded", ranks=2, changes=changes, stop_at_tokens=INSIDE_SHORT)
     resumed = runs.train("sharded", ranks=2, changes=changes)

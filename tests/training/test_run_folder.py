@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_curr.curriculum.ledger import open_ledger
+from megatron_curr.curriculum.ledger import amend, append_entries, open_ledger
 from megatron_curr.data.shards import ShardWriter
 from megatron_curr.errors import CheckpointError, DataError, RecipeError
+from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training import preflight
 from megatron_curr.training.checkpoint_folder import (
@@ -23,7 +24,7 @@ from megatron_curr.training.checkpoint_folder import (
     publish,
     read_state,
     retire,
-    saving_folder,
+    step_folder_name,
     write_manifest,
 )
 from megatron_curr.training.preflight import prepare
@@ -50,11 +51,12 @@ def saved_state(step: int, **changes: object) -> RunState:
 
 def save(folder: Path, state: RunState) -> Path:
     """A checkpoint without tensors."""
-    saving = saving_folder(folder, state.step)
-    saving.mkdir(parents=True)
+    pen, name = Pen.beside(folder), step_folder_name(state.step)
+    saving = pen.make(name)
     (saving / "state.json").write_text(state.to_json())
     write_manifest(saving, {})
-    return publish(saving, state.step)
+    publish(saving, folder / name, pen)
+    return folder / name
 
 
 def test_state_survives_the_disk(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_retention(tmp_path: Path) -> None:
     for step in range(1, 7):
         keep = is_keeper(tmp_path, step * 256, 700)
         save(tmp_path, saved_state(step, keep=keep))
-        retire(tmp_path, 2)
+        retire(tmp_path, 2, Pen.beside(tmp_path))
     assert sorted(path.name for path in tmp_path.glob("step_*")) == [
         "step_00000003",  # first past 700
         "step_00000005",  # last two, of which the sixth is the first past 1400
@@ -79,7 +81,7 @@ def test_a_new_run_may_have_any_recipe_and_a_saved_one_may_not(runs: Runs, tmp_p
     recipe = load_recipe(runs.recipe("any"))
     folder = RunFolder(tmp_path / "run")
     assert folder.check_recipe(recipe) == []
-    folder.write_records(recipe, open_ledger(recipe.curriculum))
+    folder.write_records(recipe, open_ledger(recipe.curriculum), Pen.beside(folder.path))
     other = load_recipe(runs.recipe("any", {"seed": 1, "evaluation.every_tokens": 999}))
     assert folder.check_recipe(other) == []
     save(folder.checkpoints, saved_state(1))
@@ -87,6 +89,21 @@ def test_a_new_run_may_have_any_recipe_and_a_saved_one_may_not(runs: Runs, tmp_p
         folder.check_recipe(other)
     allowed = load_recipe(runs.recipe("any", {"evaluation.every_tokens": 999}))
     assert [change.path for change in folder.check_recipe(allowed)] == ["evaluation.every_tokens"]
+
+
+def test_an_amendment_before_the_first_checkpoint_is_kept(runs: Runs, tmp_path: Path) -> None:
+    recipe = load_recipe(runs.recipe("any"))
+    longer = load_recipe(runs.recipe("any", {"curriculum.phases.1.tokens": 8192}))
+    folder = RunFolder(tmp_path)
+    opened = open_ledger(recipe.curriculum)
+    folder.write_records(recipe, opened, Pen.beside(tmp_path))
+    amended = amend(opened, longer.curriculum, from_tokens=1024, reason="longer")
+    append_entries(folder.ledger, amended[1:])
+    folder.write_records(recipe, opened, Pen.beside(tmp_path))  # a start that had read it before
+    assert folder.read_ledger(longer) == amended
+    assert folder.read_ledger(recipe) == opened  # another recipe begins anew
+    folder.ledger.write_text("torn")
+    assert folder.read_ledger(longer) == open_ledger(longer.curriculum)
 
 
 def test_shards_that_changed_since_the_save_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""Verbs of video: preprocess-video, sample."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from megatron_curr.cli.app import AsJson, app
+
+if TYPE_CHECKING:
+    from data_tools.video_frames import Bucket
+    from megatron_curr.sample.run import Sampled, Wish
+
+_SHAPE = re.compile(r"(?P<name>\w+)=(?P<height>\d+)x(?P<width>\d+)(?:x(?P<frames>\d+))?")
+
+Media = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Videos, images, folders of them, or lists of them with captions (.jsonl, .csv, "
+        ".parquet, .txt)."
+    ),
+]
+ShardsOut = Annotated[
+    Path, typer.Option(help="Folder of one source; gets train/, heldout/ and rejects.jsonl.")
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="A video recipe, to take the source's buckets from.")
+]
+SourceName = Annotated[str | None, typer.Option(help="Which source of the recipe.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=HEIGHTxWIDTH[xFRAMES]",
+        help="A shape of samples, in pixels; may be repeated. Without frames: images.",
+    ),
+]
+CodecName = Annotated[str, typer.Option(help="haar or diffusers:FOLDER.")]
+EncoderName = Annotated[str, typer.Option(help="hashed:WIDTH or transformers:FOLDER.")]
+Decoder = Annotated[str, typer.Option(help="pyav or dali.")]
+Fps = Annotated[float, typer.Option(help="Frames a second; slower files keep theirs.")]
+MaxClips = Annotated[int, typer.Option(min=1, help="Most clips cut from one file.")]
+MaxCrop = Annotated[
+    float, typer.Option(help="Most of a picture that cropping to a bucket may cut away.")
+]
+MinMotion = Annotated[
+    float, typer.Option(help="Least mean change between frames, of 255; else static.")
+]
+MinSharpness = Annotated[float, typer.Option(help="Least variance of the Laplacian; else blurred.")]
+OneBucket = Annotated[
+    bool, typer.Option("--one-bucket", help="Each file to its largest bucket only, not to all.")
+]
+HeldoutFrac = Annotated[
+    float, typer.Option(help="Share of the files to hold out, by hash of their content.")
+]
+FileField = Annotated[str, typer.Option(help="Column of a list with the path.")]
+CaptionField = Annotated[str, typer.Option(help="Column with the caption.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Task = Annotated[int, typer.Option(min=0, help="This array task's number.")]
+NumTasks = Annotated[int, typer.Option(min=1, help="Array tasks in all.")]
+Finish = Annotated[
+    bool, typer.Option("--finish", help="After all tasks: put their units together.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace shards that are there already.")
+]
+
+
+@app.command(
+    epilog="Example: megatron-curr preprocess-video data/demo_video/clips "
+    "--recipe configs/demo_video.yaml --source shapes --output data/demo_video/shapes"
+)
+def preprocess_video(
+    inputs: Media,
+    output: ShardsOut,
+    recipe: RecipeOption = None,
+    source: SourceName = None,
+    bucket: Shapes = None,
+    codec: CodecName = "haar",
+    text_encoder: EncoderName = "hashed:256",
+    decoder: Decoder = "pyav",
+    fps: Fps = 24.0,
+    max_clips: MaxClips = 16,
+    max_crop_frac: MaxCrop = 0.4,
+    min_motion: MinMotion = 0.05,
+    min_sharpness: MinSharpness = 1.0,
+    one_bucket: OneBucket = False,
+    heldout_frac: HeldoutFrac = 0.02,
+    file_field: FileField = "file",
+    caption_field: CaptionField = "caption",
+    workers: Workers = 1,
+    task: Task = 0,
+    num_tasks: NumTasks = 1,
+    finish: Finish = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encode videos and images with captions into the latents and text features of one source."""
+    from data_tools.preprocess_video import preprocess_video as write_shards
+    from data_tools.video_clips import ClipOptions
+    from data_tools.workers import WorkerDied
+
+    try:
+        summary = write_shards(
+            inputs,
+            output,
+            buckets=_buckets(recipe, source, bucket or []),
+            options=ClipOptions(
+                codec=codec,
+                text_encoder=text_encoder,
+                decoder=decoder,
+                fps=fps,
+                max_clips=max_clips,
+                max_crop_frac=max_crop_frac,
+                min_motion=min_motion,
+                min_sharpness=min_sharpness,
+                one_bucket=one_bucket,
+                heldout_frac=heldout_frac,
+            ),
+            file_field=file_field,
+            caption_field=caption_field,
+            workers=workers,
+            task=task,
+            num_tasks=num_tasks,
+            only_finish=finish,
+            overwrite=overwrite,
+            show_progress=not as_json,
+        )
+    except WorkerDied as death:
+        typer.echo(f"error: {death}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(summary.json() if as_json else summary.text())
+
+
+def _buckets(recipe: Path | None, source: str | None, shapes: list[str]) -> list[Bucket]:
+    """The recipe's buckets of a source, then those of ``--bucket``."""
+    from data_tools.video_frames import Bucket
+
+    buckets = []
+    if recipe is not None:
+        from data_tools.video_clips import buckets_of_recipe
+
+        buckets = buckets_of_recipe(recipe, source)
+    for shape in shapes:
+        match = _SHAPE.fullmatch(shape)
+        if match is None:
+            raise typer.BadParameter(f"--bucket {shape}: write NAME=HEIGHTxWIDTH[xFRAMES]")
+        sizes = (int(match[part] or 1) for part in ("height", "width", "frames"))
+        buckets.append(Bucket(match["name"], *sizes))
+    return buckets
+
+
+Prompts = Annotated[list[str], typer.Option(help="What to show; may be repeated.")]
+ClipsOut = Annotated[
+    Path | None, typer.Option(help="Folder for clips and contact sheet. Default: RUN/samples.")
+]
+Negative = Annotated[str, typer.Option(help="What to lead away from.")]
+Picture = Annotated[
+    Path | None, typer.Option(help="A picture to go on from, as the first latent frame.")
+]
+BucketName = Annotated[
+    str | None, typer.Option(help="Shape, by its name in the recipe. Default: the largest.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Euler steps.")]
+Guidance = Annotated[
+    float, typer.Option(help="How far from the negative prompt; 1 is the prompt alone.")
+]
+Shift = Annotated[
+    float | None, typer.Option(help="Of the schedule towards noise. Default: as trained.")
+]
+ClipFps = Annotated[float | None, typer.Option(help="Frames a second. Default: the shards' rate.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Batch = Annotated[int, typer.Option(min=1, help="Clips at a time.")]
+WeightsKind = Annotated[
+    Literal["auto", "ema", "raw"],
+    typer.Option(help="The moving average, or the weights; auto: the average if kept."),
+]
+ShardsIn = Annotated[
+    Path | None,
+    typer.Option(help="Shards that name codec and text encoder. Default: the run's."),
+]
+
+
+@app.command(
+    epilog='Example: megatron-curr sample runs/demo_video --prompt "a red square moves left"'
+)
+def sample(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="A run of video, or one of its checkpoints.")
+    ],
+    prompt: Prompts,
+    output: ClipsOut = None,
+    negative_prompt: Negative = "",
+    image: Picture = None,
+    bucket: BucketName = None,
+    steps: Steps = 25,
+    guidance: Guidance = 4.0,
+    shift: Shift = None,
+    fps: ClipFps = None,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    weights: WeightsKind = "auto",
+    shards: ShardsIn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample clips from a checkpoint of any layout: mp4 files and a contact sheet."""
+    from megatron_curr.sample.run import Wish
+
+    wish = Wish(
+        prompts=tuple(prompt),
+        negative_prompt=negative_prompt,
+        image=image,
+        bucket=bucket,
+        num_steps=steps,
+        guidance=guidance,
+        shift=shift,
+        fps=fps,
+        seed=seed,
+        batch=batch,
+    )
+    is_checkpoint = checkpoint.parent.name == "checkpoints"
+    run = checkpoint.parent.parent if is_checkpoint else checkpoint
+    done = _sample(checkpoint, output or run / "samples", wish, weights, shards, quiet=as_json)
+    if as_json:
+        told = {"folder": done.folder, "clips": done.clips, "contact_sheet": done.sheet}
+        told |= {"checkpoint": done.checkpoint, "weights": done.weights}
+        typer.echo(json.dumps(told, default=lambda path: str(path)))
+        return
+    typer.echo(f"{len(done.clips)} clips in {done.elapsed_s:.1f} s from {done.checkpoint}")
+    typer.echo(f"{done.weights} weights; contact sheet {done.sheet}")
+
+
+def _sample(
+    checkpoint: Path,
+    output: Path,
+    wish: Wish,
+    weights: Literal["auto", "ema", "raw"],
+    shards: Path | None,
+    *,
+    quiet: bool,
+) -> Sampled:
+    """With a bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_curr.sample.run import sample as sample_clips
+
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("sample")
+        return sample_clips(
+            checkpoint,
+            output,
+            wish,
+            weights=weights,
+            shards=shards,
+            tell=lambda step, total: bar.update(task, completed=step, total=total),
+        )

@@ -1,0 +1,217 @@
+"""DeepSeek V3: ``DeepseekV3ForCausalLM``. Latent attention, shared experts, a router's bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_curr.convert.family import Family, all_rows, hidden
+from megatron_curr.convert.llama import (
+    FIXED,
+    GATE_UP_DOWN,
+    HEAD,
+    MLP,
+    MLP_NORM,
+    NAMES,
+    SHARED,
+    TAIL,
+    gated_mlp,
+    layer_entry,
+)
+from megatron_curr.convert.mixtral import num_experts, routed_experts
+from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.recipe.model import Model
+
+_OURS = "self_attention."
+
+
+def _query_rank(model: Model) -> int:
+    return model.q_lora_rank or 0
+
+
+def _key_value_rank(model: Model) -> int:
+    return model.kv_lora_rank or 0
+
+
+def _values(model: Model) -> int:
+    return model.num_attention_heads * model.v_head_dim
+
+
+def _query_dims(model: Model) -> int:
+    return model.num_attention_heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
+
+
+def _key_value_dims(model: Model) -> int:
+    return model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+
+
+_ATTENTION = (
+    layer_entry("input_layernorm.weight", "input_layernorm.weight", all_rows(hidden)),
+    layer_entry(
+        "self_attn.q_a_proj.weight",
+        f"{_OURS}linear_q_down_proj.weight",
+        all_rows(_query_rank),
+        hidden,
+    ),
+    layer_entry(
+        "self_attn.q_a_layernorm.weight", f"{_OURS}q_layernorm.weight", all_rows(_query_rank)
+    ),
+    layer_entry(
+        "self_attn.q_b_proj.weight",
+        f"{_OURS}linear_q_up_proj.weight",
+        all_rows(_query_dims),
+        _query_rank,
+    ),
+    layer_entry(
+        "self_attn.kv_a_proj_with_mqa.weight",
+        f"{_OURS}linear_kv_down_proj.weight",
+        all_rows(lambda model: _key_value_rank(model) + model.qk_pos_emb_head_dim),
+        hidden,
+    ),
+    layer_entry(
+        "self_attn.kv_a_layernorm.weight",
+        f"{_OURS}kv_layernorm.weight",
+        all_rows(_key_value_rank),
+    ),
+    layer_entry(
+        "self_attn.kv_b_proj.weight",
+        f"{_OURS}linear_kv_up_proj.weight",
+        all_rows(_key_value_dims),
+        _key_value_rank,
+    ),
+    layer_entry("self_attn.o_proj.weight", f"{_OURS}linear_proj.weight", all_rows(hidden), _values),
+)
+
+
+def _write(model: Model) -> dict[str, Any]:
+    sparse = model.moe_layers
+    dense = sparse.index(True) if True in sparse else len(sparse)
+    shared, width = model.moe_shared_expert_intermediate_size or 0, model.expert_ffn_hidden_size
+    if model.q_lora_rank is None:
+        raise RecipeError("q_lora_rank is not set, there it is")
+    if any(not has for has in sparse[dense:]) or not any(sparse):
+        raise RecipeError("moe_layer_freq has dense layers behind sparse ones, there all are first")
+    if not shared or shared % width:
+        raise RecipeError(
+            f"moe_shared_expert_intermediate_size is {shared}, there a multiple of "
+            f"moe_ffn_hidden_size {width}"
+        )
+    groups, chosen = model.moe_router_num_groups or 1, model.moe_router_group_topk or 1
+    if groups > 1 and model.moe_router_topk // chosen != 2:
+        raise RecipeError(
+            f"moe_router_topk {model.moe_router_topk} over moe_router_group_topk {chosen} scores a "
+            "group by another number of experts, there by 2"
+        )
+    fields: dict[str, Any] = {
+        "first_k_dense_replace": dense,
+        "moe_intermediate_size": width,
+        "n_shared_experts": shared // width,
+        "n_group": groups,
+        "topk_group": chosen,
+        "routed_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
+        "head_dim": model.qk_pos_emb_head_dim,
+        "num_key_value_heads": model.num_attention_heads,
+        "num_nextn_predict_layers": 0,
+    }
+    if model.yarn_scaling_factor is not None:
+        fields["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": model.yarn_scaling_factor,
+            "original_max_position_embeddings": model.yarn_original_max_position_embeddings,
+            "beta_fast": model.yarn_beta_fast,
+            "beta_slow": model.yarn_beta_slow,
+            "mscale": model.yarn_mscale,
+            "mscale_all_dim": model.yarn_mscale_all_dim,
+        }
+    return fields
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    width, dense = config["moe_intermediate_size"], config.get("first_k_dense_replace", 0)
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    if groups > 1 and config["num_experts_per_tok"] // chosen != 2:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {config['num_experts_per_tok']} over topk_group "
+            f"{chosen} is not 2; megatron-core scores a group by that many experts, DeepSeek by 2"
+        )
+    settings = {
+        "moe_layer_freq": [int(layer >= dense) for layer in range(config["num_hidden_layers"])],
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": width * config.get("n_shared_experts", 1),
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": chosen if groups > 1 else None,
+        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 1.0),
+        "num_query_groups": config["num_attention_heads"],
+    }
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return settings
+    if scaling.get("rope_type", scaling.get("type")) != "yarn":
+        raise CheckpointError(f"config.json: rope scaling {scaling} is not of the kind 'yarn'")
+    return {
+        **settings,
+        "yarn_scaling_factor": float(scaling["factor"]),
+        "yarn_original_max_position_embeddings": scaling["original_max_position_embeddings"],
+        "yarn_beta_fast": float(scaling.get("beta_fast") or 32),
+        "yarn_beta_slow": float(scaling.get("beta_slow") or 1),
+        "yarn_mscale": float(scaling.get("mscale") or 1),
+        "yarn_mscale_all_dim": float(scaling.get("mscale_all_dim") or 0),
+    }
+
+
+FAMILY = Family(
+    architecture="DeepseekV3ForCausalLM",
+    model_type="deepseek_v3",
+    head=HEAD,
+    layer=(
+        *_ATTENTION,
+        *MLP_NORM,
+        *MLP,
+        *routed_experts("mlp", GATE_UP_DOWN),
+        layer_entry(
+            "mlp.gate.e_score_correction_bias",
+            "mlp.router.expert_bias",
+            all_rows(num_experts),
+            where="sparse",
+        ),
+        *gated_mlp(
+            "mlp.shared_experts",
+            "mlp.shared_experts",
+            lambda model: model.moe_shared_expert_intermediate_size or 0,
+            where="sparse",
+            names=GATE_UP_DOWN,
+        ),
+    ),
+    tail=TAIL,
+    names={
+        **{name: ours for name, ours in NAMES.items() if ours not in ("kv_channels",)},
+        "q_lora_rank": "q_lora_rank",
+        "kv_lora_rank": "kv_lora_rank",
+        "qk_nope_head_dim": "qk_head_dim",
+        "qk_rope_head_dim": "qk_pos_emb_head_dim",
+        "v_head_dim": "v_head_dim",
+        "n_routed_experts": "num_moe_experts",
+        "num_experts_per_tok": "moe_router_topk",
+    },
+    fixed={
+        **FIXED,
+        "attention_bias": (False,),
+        "rope_interleave": (True,),
+        "norm_topk_prob": (True,),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+    },
+    requires={"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    computed=SHARED
+    | {
+        *("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+        *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
+        *("yarn_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"),
+        *("yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim"),
+    },
+    free=frozenset({"kv_channels", "num_query_groups"}),
+    ignored=r"model\.layers\.NUM_LAYERS\..*",  # predicts a second token; transformers has none
+    write=_write,
+    read=_read,
+)

@@ -1,0 +1,192 @@
+"""``config.json``: which family it is of, which ``Model``; and the way back.
+
+Transformers 5 writes ``rope_parameters`` and ``dtype``; 4 reads ``rope_theta``, ``rope_scaling``
+and ``torch_dtype``, and falls back to a theta of 10,000 without a word. Both are written, and read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_curr.convert import (
+    deepseek_v3,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    telechat2,
+)
+from megatron_curr.convert.family import Family
+from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.recipe.model import Model
+
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY
+    for module in (
+        *(llama, qwen2, qwen3, mistral, olmo2, gpt_neox, telechat2),
+        *(mixtral, qwen3_moe, deepseek_v3),
+    )
+)
+_GEMMA = (
+    "megatron-core 0.16.1 has no scaling of embeddings by sqrt(hidden_size), no norms on both "
+    "sides of a block"
+)
+REFUSED = {
+    "Gemma2ForCausalLM": f"{_GEMMA}, no soft caps of logits and no window in every second layer",
+    "Gemma3ForCausalLM": f"{_GEMMA}, and no second rotary base for layers with a window",
+    "GemmaForCausalLM": "megatron-core 0.16.1 has no scaling of embeddings by sqrt(hidden_size)",
+    "Qwen2MoeForCausalLM": "our shared experts have no gate of their own",
+    "GPT2LMHeadModel": "our models rotate positions and learn no table of them",
+}
+_PLAIN = (None, "default")
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Raises ``CheckpointError`` for an architecture that is not known, or cannot be exact."""
+    named = (config.get("architectures") or ["none"])[0]
+    for family in FAMILIES:
+        if named in (family.architecture, *family.also_known_as):
+            return family
+    reason = (
+        f"cannot be represented exactly: {REFUSED[named]}" if named in REFUSED else "is unknown"
+    )
+    raise CheckpointError(
+        f"config.json: the architecture {named} {reason}; these convert: "
+        + ", ".join(family.architecture for family in FAMILIES)
+    )
+
+
+def choose_family(model: Model, *, architecture: str | None = None) -> Family:
+    """The architecture that is this model exactly: the one named, or the first.
+
+    Raises ``RecipeError`` that says, for every family, what stands against it.
+    """
+    reasons = []
+    for family in FAMILIES:
+        if architecture not in (None, family.architecture, family.model_type):
+            continue
+        reason = family.misfit(model)
+        if reason is None:
+            return family
+        reasons.append(f"{family.architecture}: {reason}")
+    if not reasons:
+        raise RecipeError(
+            f"--architecture {architecture!r}: is unknown; use one of "
+            + ", ".join(family.architecture for family in FAMILIES)
+        )
+    raise RecipeError(
+        "no Hugging Face architecture known here is exactly this model:\n  " + "\n  ".join(reasons)
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` with rotations under ``rope_theta`` and ``rope_scaling``, whoever wrote it.
+
+    Raises ``CheckpointError`` when there is none, or the two ways to write rotations differ.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no config.json; give a model folder") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: is no mapping")
+    if "quantization_config" in config:
+        raise CheckpointError(f"{path}: the weights are quantised; dequantise them to bf16 first")
+    new, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling")
+    theta = config.get("rope_theta", config.get("rotary_emb_base"))
+    if new and theta is not None and new.get("rope_theta", theta) != theta:
+        raise CheckpointError(
+            f"{path}: rope_theta is {theta} and rope_parameters.rope_theta {new['rope_theta']}; "
+            "readers disagree which of the two counts: make them equal"
+        )
+    config["rope_theta"] = float(new.get("rope_theta", 10_000.0 if theta is None else theta))
+    if "partial_rotary_factor" in new:
+        config["partial_rotary_factor"] = new["partial_rotary_factor"]
+    if new.get("rope_type") not in _PLAIN:
+        scaling = {key: value for key, value in new.items() if key != "rope_theta"}
+    if scaling:
+        scaling = {"rope_type": scaling.get("type"), **scaling}
+    config["rope_scaling"] = scaling if scaling and scaling["rope_type"] not in _PLAIN else None
+    return config
+
+
+def model_of(config: Mapping[str, Any], family: Family) -> Model:
+    """The architecture a ``config.json`` of this family describes.
+
+    Raises ``CheckpointError`` for what the family's table does not cover.
+    """
+    try:
+        if config["rope_scaling"] and not family.computed & {
+            "rope_scaling_factor",
+            "yarn_scaling_factor",
+        }:
+            raise CheckpointError(
+                f"config.json: rope scaling {config['rope_scaling']} is not converted for "
+                f"{family.architecture}"
+            )
+        vocab_size = config["vocab_size"]
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            raise CheckpointError(f"config.json: vocab_size is {vocab_size!r}, which is no count")
+        return Model(
+            **{
+                "vocab_size": vocab_size,
+                # As it is published: rows that only pad enter the softmax.
+                "make_vocab_size_divisible_by": min(vocab_size & -vocab_size, 128),
+                "rotary_base": config["rope_theta"],
+                "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+                "init_method_std": float(config.get("initializer_range", 0.02)),
+                **family.settings(config),
+            }
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"config.json: {missing} is missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"config.json: {field}: {first['msg']}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"config.json: a value is of another kind ({error})") from error
+
+
+def write_config(
+    model: Model,
+    family: Family,
+    *,
+    vocab_size: int,
+    token_ids: Mapping[str, int | None],
+    dtype: str,
+) -> dict[str, Any]:
+    """The text of ``config.json``, for transformers 4 and 5."""
+    own = family.config(model)
+    scaling = own.pop("rope_scaling", None)
+    rotations = {"rope_type": "default", **(scaling or {}), "rope_theta": model.rotary_base}
+    if "partial_rotary_factor" in own:
+        rotations["partial_rotary_factor"] = own["partial_rotary_factor"]
+        own["rotary_emb_base"] = model.rotary_base
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": vocab_size,
+        **own,
+        "initializer_range": model.init_method_std,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": scaling,
+        "rope_parameters": rotations,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_cache": True,
+        **token_ids,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

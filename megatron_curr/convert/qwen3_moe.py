@@ -1,0 +1,74 @@
+"""Qwen 3 with experts: ``Qwen3MoeForCausalLM``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_curr.convert.family import Family
+from megatron_curr.convert.llama import (
+    ATTENTION,
+    FIXED,
+    GATE_UP_DOWN,
+    HEAD,
+    INPUT_NORM,
+    MLP,
+    MLP_NORM,
+    NAMES,
+    SHARED,
+    TAIL,
+)
+from megatron_curr.convert.mixtral import routed_experts
+from megatron_curr.convert.qwen3 import QUERY_KEY_NORMS
+from megatron_curr.recipe.model import Model
+
+
+def _write(model: Model) -> dict[str, Any]:
+    return {
+        # Version 4 of transformers reads the first, 5 writes the second.
+        "num_experts": model.num_moe_experts,
+        "num_local_experts": model.num_moe_experts,
+        "moe_intermediate_size": model.expert_ffn_hidden_size,
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, sparse in enumerate(model.moe_layers) if not sparse],
+    }
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    layers = range(config["num_hidden_layers"])
+    sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
+    return {
+        "num_moe_experts": config.get("num_experts", config.get("num_local_experts")),
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_layer_freq": 1 if all(sparse) else sparse,
+    }
+
+
+FAMILY = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    head=HEAD,
+    layer=(
+        INPUT_NORM,
+        *ATTENTION,
+        *QUERY_KEY_NORMS,
+        *MLP_NORM,
+        *MLP,
+        *routed_experts("mlp", GATE_UP_DOWN),
+    ),
+    tail=TAIL,
+    names={
+        **NAMES,
+        "num_experts_per_tok": "moe_router_topk",
+        "router_aux_loss_coef": "moe_aux_loss_coeff",
+    },
+    fixed={**FIXED, "attention_bias": (False,), "use_sliding_window": (False,)},
+    requires={"qk_layernorm": True},
+    computed=SHARED
+    | {"num_moe_experts", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq"},
+    write=_write,
+    read=_read,
+)

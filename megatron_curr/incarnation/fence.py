@@ -1,0 +1,179 @@
+"""Claiming a run folder, and the fence that keeps stale incarnations out of it.
+
+Slurm may start a run again while ranks of the start before live on, on a node it has lost sight of.
+So an incarnation writes through its *pen*, a folder of its own on the run's disk: whatever shall
+stand in the run folder grows in there and is renamed to its place. A successor begins by renaming
+the pens of all before it away. Renames are atomic on every shared file system, so a write of a
+stale incarnation happened before that, where the successor sees it, or it fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_curr.durable import sync_folder, write_durably
+from megatron_curr.errors import CheckpointError
+from megatron_curr.incarnation.conclude import conclude_one
+from megatron_curr.incarnation.record import Claim, Incarnation, incarnations
+
+ALIVE_EVERY_S = 2.0
+_WATCH_S = 5 * ALIVE_EVERY_S
+_MOST_TRIES = 100
+
+
+class Fenced(RuntimeError):
+    """This incarnation is stale: a successor has taken its pen."""
+
+    is_plain = True
+
+
+class Pen:
+    """The right to write into a run folder, as long as nobody has taken it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def beside(cls, folder: Path) -> Pen:
+        """For work outside a run: a pen that nobody takes away."""
+        (folder / ".pen").mkdir(parents=True, exist_ok=True)
+        return cls(folder / ".pen")
+
+    def check(self) -> None:
+        """Raise ``Fenced`` when a successor has taken over."""
+        if not self.folder.is_dir():
+            raise Fenced(
+                f"{self.folder.parent}: this incarnation of the run is stale, a later one has "
+                "taken over; nothing was written"
+            )
+
+    def write(self, path: Path, text: str) -> None:
+        """Replace ``path`` by ``text``, whole. Raises ``Fenced`` or ``OSError``."""
+        self._guard(lambda: write_durably(path, text, beside=self.folder))
+
+    def make(self, name: str) -> Path:
+        """A new empty folder in which something grows; what an earlier try left there goes."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._guard((self.folder / name).mkdir)
+        return self.folder / name
+
+    def put(self, grown: Path, target: Path) -> None:
+        """Rename what has grown in the pen to its place, where nothing is yet."""
+        self._guard(lambda: grown.rename(target))
+        sync_folder(target.parent)
+
+    def take(self, folder: Path) -> Path:
+        """Rename a folder of the run into the pen; where it is now."""
+        held = self.folder / f"taken-{folder.name}"
+        self._guard(lambda: folder.rename(held))
+        return held
+
+    def remove(self, folder: Path) -> None:
+        """Remove a folder of the run and all it holds."""
+        shutil.rmtree(self.take(folder), ignore_errors=True)
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            self.check()
+            raise
+
+
+def claim_run(run_folder: Path, make_claim: Callable[[int], Claim]) -> Incarnation:
+    """Become the run's incarnation: fence those before, conclude for them, and hold the pen.
+
+    ``make_claim`` is given the number. Raises ``CheckpointError`` where another chain's incarnation
+    is alive; one of the same chain is stale by definition and is fenced.
+    """
+    folder = run_folder / "incarnations"
+    folder.mkdir(parents=True, exist_ok=True)
+    for _ in range(_MOST_TRIES):
+        before = incarnations(run_folder)
+        number = before[-1].number + 1 if before else 1
+        claim = make_claim(number)
+        if before:
+            _refuse_if_alive(run_folder, before[-1], claim)
+        if _make(folder, claim):
+            incarnation = Incarnation(folder / f"{number:04d}")
+            fence_others(run_folder, incarnation.number)
+            return incarnation
+    raise CheckpointError(f"{folder}: others claim this run folder all the time; stop them")
+
+
+def fence_others(run_folder: Path, number: int) -> None:
+    """Take the pens of all incarnations before ``number`` and conclude for them."""
+    for earlier in incarnations(run_folder):
+        if earlier.number < number:
+            _take_pen(earlier, earlier.folder / f"taken-by-{number:04d}")
+            conclude_one(run_folder, earlier)
+            for left in earlier.folder.glob("taken-by-*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _take_pen(earlier: Incarnation, taken: Path) -> None:
+    """Rename a pen away and put a file in its place.
+
+    A stale save that was under way makes the folders that it misses, as torch's writer does: where
+    nothing stood in its place, it would have made itself a pen again.
+    """
+    while earlier.pen.is_dir():
+        shutil.rmtree(taken, ignore_errors=True)
+        earlier.pen.rename(taken)
+        with contextlib.suppress(FileExistsError):  # such a save was quicker: take that one as well
+            earlier.pen.touch(exist_ok=False)
+        sync_folder(earlier.folder)
+
+
+def _make(folder: Path, claim: Claim) -> bool:
+    """The incarnation's folder appears with its pen and its claim, or not at all."""
+    new = folder / f".new-{claim.host}-{claim.pid}"
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "pen").mkdir(parents=True)
+    (new / "alive").touch()
+    write_durably(new / "claim.json", claim.to_json())
+    try:
+        new.rename(folder / f"{claim.incarnation:04d}")
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        if not (folder / f"{claim.incarnation:04d}").is_dir():
+            raise
+        return False
+    sync_folder(folder)
+    return True
+
+
+def show_life(incarnation: Incarnation) -> None:
+    """To be called every ``ALIVE_EVERY_S``: lets others see that this incarnation lives."""
+    os.utime(incarnation.folder / "alive")
+
+
+def _refuse_if_alive(run_folder: Path, newest: Incarnation, ours: Claim) -> None:
+    """Raises ``CheckpointError`` when the newest incarnation is not ours to take over from.
+
+    One on this host died, or the run's lock would be held. Elsewhere locks may not be seen, so its
+    sign of life is watched for a while; no two clocks are compared.
+    """
+    claim = newest.claim
+    if claim is None or newest.record is not None:
+        return
+    if ours.chain == claim.chain or ours.host == claim.host:
+        return
+    alive = newest.folder / "alive"
+    seen_ns = alive.stat().st_mtime_ns
+    until_s = time.monotonic() + _WATCH_S
+    while time.monotonic() < until_s:
+        time.sleep(ALIVE_EVERY_S / 4)
+        if newest.record is not None:
+            return
+        if alive.stat().st_mtime_ns != seen_ns:
+            job = f"job {claim.job_id}" if claim.job_id else f"pid {claim.pid}"
+            raise CheckpointError(
+                f"{run_folder}: this run folder is already in use by {job} on host {claim.host}; "
+                "wait for that run, stop it, or give this one another name or run_folder"
+            )

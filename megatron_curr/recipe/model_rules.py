@@ -1,0 +1,110 @@
+"""Which settings of an architecture go together: those that our models and no others combine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.problems import Problem
+from megatron_curr.recipe.schema import Recipe
+
+_PLAIN = {
+    "norm_position": "before",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "linear_biases": "none",
+    "parallel_residual": False,
+}
+# A setting with this value, and what no model here combines with it.
+_APART: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("norm_position", "after", {name: _PLAIN[name] for name in ("normalization", "linear_biases")}),
+    ("norm_position", "after", {"parallel_residual": False}),
+    ("qk_layernorm", True, {"normalization": "RMSNorm"}),
+)
+
+
+def architecture(recipe: Recipe) -> Iterator[Problem]:
+    """The model's settings, experts aside, agree with each other and with the layout."""
+    model = recipe.model
+    for name, value, needed in _APART:
+        if getattr(model, name) == value:
+            yield from _must_be(model, needed, because=f"{name} {_told(value)}")
+    if model.num_moe_experts is not None:
+        yield from _must_be(model, _PLAIN, because="num_moe_experts")
+    if model.qk_layernorm_over == "projection" and not model.qk_layernorm:
+        yield Problem(
+            ("model", "qk_layernorm_over"), "is for models with qk_layernorm: true; set it as well"
+        )
+    rotated = model.kv_channels * model.rotary_percent
+    if rotated % 2:
+        yield Problem(
+            ("model", "rotary_percent"),
+            f"found {model.rotary_percent}; rotates {rotated:g} of {model.kv_channels} dims of a "
+            "head, which must be an even number",
+        )
+    yield from _latent(recipe)
+
+
+def _latent(recipe: Recipe) -> Iterator[Problem]:
+    model, parallel = recipe.model, recipe.parallel
+    if not model.has_latent_attention:
+        for field in ("q_lora_rank", "yarn_scaling_factor"):
+            if getattr(model, field) is not None:
+                yield Problem(
+                    ("model", field), "is for multi-latent attention; set kv_lora_rank as well"
+                )
+        return
+    plain = {
+        **_PLAIN,
+        "num_query_groups": model.num_attention_heads,
+        "qk_layernorm": False,
+        "add_qkv_bias": False,
+        "rotary_percent": 1.0,
+        "rope_scaling_factor": None,
+    }
+    yield from _must_be(model, plain, because="kv_lora_rank")
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        yield Problem(
+            ("parallel", "sequence_parallel"),
+            "false; multi-latent attention over tensor ranks needs true: otherwise the gradient of "
+            "the key that heads share would lack the other ranks' parts",
+        )
+
+
+def expert_groups(model: Model) -> Iterator[Problem]:
+    """Experts chosen from groups: both settings, and numbers that divide."""
+    groups, chosen = model.moe_router_num_groups, model.moe_router_group_topk
+    if groups is None and chosen is None:
+        return
+    if groups is None or chosen is None:
+        missing = "moe_router_num_groups" if groups is None else "moe_router_group_topk"
+        yield Problem(("model", missing), "is missing; groups of experts need both settings")
+        return
+    count, topk = model.num_moe_experts or 0, model.moe_router_topk
+    if count % groups or chosen > groups:
+        yield Problem(
+            ("model", "moe_router_num_groups"),
+            f"found {groups}; must divide num_moe_experts {count} and be at least "
+            f"moe_router_group_topk {chosen}",
+        )
+    elif topk % chosen or topk // chosen > count // groups:
+        yield Problem(
+            ("model", "moe_router_group_topk"),
+            f"found {chosen}; must divide moe_router_topk {topk}, into at most the "
+            f"{count // groups} experts of a group",
+        )
+
+
+def _must_be(model: Model, needed: dict[str, Any], *, because: str) -> Iterator[Problem]:
+    for name, value in needed.items():
+        found = getattr(model, name)
+        if found != value:
+            yield Problem(
+                ("model", name),
+                f"found {_told(found)}; no model with {because} has it: set {_told(value)}",
+            )
+
+
+def _told(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
