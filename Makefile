@@ -1,7 +1,10 @@
 # Needs Python 3.11 and nothing else; every target sets up what it uses.
 #
 #   make demo     train, resume, export and report a small model (about ten minutes on two cores)
+#   make demo-video  make clips, train a video model on them, sample from it (eight minutes)
 #   make test     the test suite on the CPU
+#   make slurm    install slurm-wlm (Debian, root), for the tests that start a cluster of their own
+#   make test-slurm   those tests alone
 #   make check    lint, types and the shape of the repository
 #   make bench    the measurements behind docs/
 #   make clean    remove the environment and caches; runs and data stay
@@ -20,7 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo demo-video test slurm test-slurm check format bench clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -37,8 +40,19 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/megatron-curr demo
 
+demo-video: $(STAMP)
+	$(BIN)/megatron-curr demo --video
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+
+slurm:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  slurmctld slurmd slurm-client munge iproute2
+
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=10 tests/slurm
 
 check: $(STAMP)
 	$(BIN)/ruff check .

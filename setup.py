@@ -24,11 +24,13 @@ setup(
     packages=[
         *find_packages(include=["megatron_curr*", "launch*", "data_tools*"]),
         "megatron_curr.configs",
+        "launch.slurm.templates",  # found by launch/slurm/script.py
     ],
-    package_dir={"megatron_curr.configs": "configs"},
+    package_dir={"megatron_curr.configs": "configs", "launch.slurm.templates": "slurm"},
     package_data={
         "megatron_curr": ["py.typed"],
         "megatron_curr.configs": ["*.yaml", "clusters/*.yaml"],
+        "launch.slurm.templates": ["*.sbatch"],
         "megatron_curr.plan": ["*.yaml"],
         "megatron_curr.recipe": ["*.yaml"],
         "megatron_curr.report": ["*.j2", "*.js", "*.css"],

@@ -1,0 +1,83 @@
+"""What a chain does next: a pure function of the records that incarnations left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_curr.incarnation.record import Record
+
+# Ends that say nothing about the step at which they happened: asked for, or before the first one.
+_NOT_OF_A_STEP = ("signal", "preflight", "no-meeting", "fenced")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a chain gives up. ``exclude_s``: how long a node that failed is left out."""
+
+    max_fruitless: int
+    exclude_s: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``why`` is for a person; ``goes_back`` asks for an older checkpoint first."""
+
+    goes_on: bool
+    why: str
+    goes_back: bool = False
+
+
+def decide(records: Sequence[Record], rules: Rules) -> Decision:
+    """From the records of one chain, oldest first."""
+    if not records:
+        return Decision(True, "first start")
+    last = records[-1]
+    if last.verdict == "finished":
+        return Decision(False, f"finished at token {last.consumed_tokens:,}")
+    if last.verdict == "stop":
+        return Decision(False, f"incarnation {last.incarnation} said stop: {last.detail}")
+    same = _repeats(records)
+    if len(same) > 1:
+        story = f"step {last.step} ended {len(same)} times with {last.cause}"
+        if same[-1].resumed_step < same[0].resumed_step:
+            return Decision(False, f"{story}, from an older checkpoint, too: {last.detail}")
+        return Decision(True, f"{story}: {last.detail}", goes_back=True)
+    fruitless = _fruitless(records)
+    if fruitless >= rules.max_fruitless:
+        return Decision(
+            False, f"{fruitless} starts in a row made no checkpoint, the last: {last.detail}"
+        )
+    return Decision(True, f"after {last.cause} at step {last.step}: {last.detail}")
+
+
+def _repeats(records: Sequence[Record]) -> Sequence[Record]:
+    """The records at the end that died at one step of one cause."""
+    last = records[-1]
+    if last.cause.partition(":")[0] in _NOT_OF_A_STEP:
+        return ()
+    first = len(records)
+    while first and (records[first - 1].step, records[first - 1].cause) == (last.step, last.cause):
+        first -= 1
+    return records[first:]
+
+
+def _fruitless(records: Sequence[Record]) -> int:
+    count = 0
+    for record in reversed(records):
+        if record.saved_tokens > record.resumed_tokens:
+            break
+        count += 1
+    return count
+
+
+def excluded_nodes(records: Sequence[Record], rules: Rules, *, now_s: float) -> dict[str, float]:
+    """Nodes that failed lately, the longest ago first, and the Unix time until they are left out.
+
+    Records of all chains count: a bad node is bad for every one.
+    """
+    until = {}
+    for record in records:
+        for node in record.bad_nodes:
+            until[node] = record.ended_at_s + rules.exclude_s
+    return dict(sorted(((n, t) for n, t in until.items() if t > now_s), key=lambda item: item[1]))

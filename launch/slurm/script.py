@@ -1,0 +1,61 @@
+"""Batch scripts, from the templates in ``slurm/`` and a profile."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from launch.slurm.profile import Container, Profile, format_time_limit
+from launch.slurm.submission import Submission
+
+_PACKAGE = Path(__file__).parent
+
+
+def render(template: str, **values: Any) -> str:
+    """``slurm/TEMPLATE`` of the source tree, filled in; a wheel has it as data beside this file."""
+    in_tree = _PACKAGE.parents[1] / "slurm" / template
+    file = in_tree if in_tree.is_file() else _PACKAGE / "templates" / template
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.from_string(file.read_text(encoding="utf-8")).render(**values)
+
+
+def render_script(submission: Submission, profile: Profile) -> str:
+    """The text that sbatch is given for a run."""
+    run_folder, has_gpus = Path(submission.run_folder), profile.gpus != "none"
+    return render(
+        "train.sbatch",
+        profile=profile,
+        name=submission.name,
+        by=submission.by,
+        by_rank=profile.launcher == "srun",
+        num_nodes=submission.num_nodes,
+        time_limit=format_time_limit(profile.time_limit),
+        run_folder=run_folder,
+        folder=submission.folder,
+        code=submission.code,
+        container=container_words(profile.container, run_folder, has_gpus=has_gpus),
+    )
+
+
+def container_words(container: Container | None, folder: Path, *, has_gpus: bool) -> dict[str, str]:
+    """What stands after ``srun``, and what stands before the program; ``folder`` is mounted."""
+    if container is None:
+        return {"srun": "", "command": ""}
+    mounts = [f"{folder}:{folder}", *container.mounts]
+    if container.engine == "pyxis":
+        options = {
+            "container-image": container.image,
+            "container-mounts": ",".join(mounts),
+            "container-workdir": str(folder),
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        return {"srun": shlex.join(words), "command": ""}
+    words = ["apptainer", "exec", *(["--nv"] if has_gpus else [])]
+    words += [word for mount in mounts for word in ("--bind", mount)]
+    return {"srun": "", "command": shlex.join([*words, container.image]) + " "}
