@@ -1,10 +1,10 @@
 # Needs Python 3.11 and nothing else; every target sets up what it uses.
 #
 #   make demo     train, resume, export and report a small model (about ten minutes on two cores)
-#   make demo-video  make clips, train a video model on them, sample from it (eight minutes)
+#   make demo-video   make clips, train a video model on them, sample from it
 #   make test     the test suite on the CPU
 #   make slurm    install slurm-wlm (Debian, root), for the tests that start a cluster of their own
-#   make test-slurm   those tests alone
+#   make test-slurm   these tests alone
 #   make check    lint, types and the shape of the repository
 #   make bench    the measurements behind docs/
 #   make clean    remove the environment and caches; runs and data stay
@@ -44,7 +44,8 @@ demo-video: $(STAMP)
 	$(BIN)/megatron-curr demo --video
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/slurm tests
+	$(BIN)/python -m pytest tests/slurm  # by itself: it waits for a cluster's real time-outs
 
 slurm:
 	apt-get update -qq
