@@ -143,9 +143,9 @@ def test_going_back_to_an_older_checkpoint_passes_over_torn_ones(runs: Runs) -> 
         "04", "08", "12", "16", "18", "20", "22", "24",
     ]  # fmt: skip
     tear(run / "checkpoints" / "step_00000016")
-    chosen = go_back(run, within_step=18)
+    chosen = go_back(run, before_step=18)
     assert chosen is not None and chosen.name == "step_00000012"
-    assert go_back(run, within_step=4) is None
+    assert go_back(run, before_step=4) is None
     assert sorted(p.name for p in (run / "checkpoints").glob("left-*"))[0] == "left-step_00000016"
     runs.train("back", changes={"checkpoint.keep_last": 9})
     assert "resumed at token 3072, step 12" in rank_log(run).read_text()
