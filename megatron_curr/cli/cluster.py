@@ -81,7 +81,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.json(), indent=2))
     else:
-        print_plan(made, Console(highlight=False))
+        # A log has no width of its own: rich would cut the columns at 80.
+        print_plan(made, Console(highlight=False, width=max(Console().width, 100)))
     raise typer.Exit(0 if made.fits else 1)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_curr.plan.activations import MicroBatch
 from megatron_curr.plan.layout import axes_of, padded_vocab_size, pipeline_stages
-from megatron_curr.plan.memory import saving_bytes, stage_memory
+from megatron_curr.plan.memory import stage_memory
 from megatron_curr.plan.step_time import step_time
 from megatron_curr.recipe.check import recipe_problems
 from megatron_curr.recipe.layout_rules import rank_problems
@@ -165,10 +165,7 @@ def _measured(plan: Plan, parallel: Parallel) -> tuple[float, float] | None:
     ]
     most_rounds = max(batches) // round_tokens
     peak = max(
-        max(
-            stage_memory(batch, stage, axes=axes, num_micro_batches=most_rounds).total,
-            saving_bytes(batch, stage, axes=axes),
-        )
+        stage_memory(batch, stage, axes=axes, num_micro_batches=most_rounds).total
         for stage in {0: stages[0], -1: stages[-1]}.values()
     )
     if peak > cluster.gpu.memory_bytes or not _may_run(recipe, parallel, cluster.world_size):

@@ -64,7 +64,6 @@ class Plan:
     axes: Axes
     stages: tuple[Stage, ...]
     memory: tuple[StageMemory, ...]  # of each stage
-    saving_bytes: tuple[float, ...]  # of each stage, while a checkpoint is gathered
     parameters: int
     active_parameters: int
     phases: tuple[PhasePlan, ...]
@@ -91,7 +90,7 @@ class Plan:
     @property
     def peak_bytes(self) -> float:
         """The most that any rank holds at one time."""
-        return max(*(memory.total for memory in self.memory), *self.saving_bytes)
+        return max(memory.total for memory in self.memory)
 
     @property
     def hours(self) -> float:
@@ -126,11 +125,8 @@ class Plan:
                     "layers": len(stage.layers),
                     **asdict(memory),
                     "total": memory.total,
-                    "while_saving": saving,
                 }
-                for stage, memory, saving in zip(
-                    self.stages, self.memory, self.saving_bytes, strict=True
-                )
+                for stage, memory in zip(self.stages, self.memory, strict=True)
             ],
             "messages": [
                 {

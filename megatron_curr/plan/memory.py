@@ -107,20 +107,6 @@ def optimizer_bytes(batch: MicroBatch, held: HeldWeights, *, axes: Axes) -> floa
     return shared * per_weight
 
 
-def saving_bytes(batch: MicroBatch, stage: Stage, *, axes: Axes) -> float:
-    """Held while a checkpoint is taken: no activations, but the stage's Adam state whole.
-
-    The distributed optimizer's shards are gathered to tensors of their parameters' shapes first
-    (``training/optimizer_state.py``).
-    """
-    held = held_weights(batch, stage)
-    kept = held.total * (batch.element_bytes + GRADIENT_BYTES) + CONTEXT_BYTES
-    gathered = 0.0
-    if batch.parallel.use_distributed_optimizer:
-        gathered = held.total * state_bytes(batch.precision, keeps_average=batch.keeps_average)
-    return kept + optimizer_bytes(batch, held, axes=axes) + gathered
-
-
 def state_bytes(precision: str, *, keeps_average: bool) -> int:
     """Optimizer state of one weight, in fp32: copy, two moments, average."""
     return 4 * ((precision == "bf16") + 2 + keeps_average)

@@ -42,8 +42,6 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _parts(plan: Plan, width: int) -> Iterator[RenderableType]:
     yield _headline(plan)
     yield from ("", _memory_table(plan))
-    if any(_is_saving(plan, number) for number in range(len(plan.stages))):
-        yield "* while a checkpoint is gathered; the parts are those of a step"
     yield from ("", _step_lines(plan))
     if plan.messages:
         yield from ("", _message_table(plan))
@@ -124,16 +122,10 @@ def _gibs(memory: StageMemory) -> list[str]:
 
 
 def _most(plan: Plan, number: int) -> tuple[Text, Text]:
-    total = max(plan.memory[number].total, plan.saving_bytes[number])
+    total = plan.memory[number].total
     share = total / plan.cluster.gpu.memory_bytes
     style = "red" if share > 1 else "yellow" if share > 0.95 else ""
-    saving = "*" if _is_saving(plan, number) else ""
-    return Text(f"{total / _GIB:.2f}{saving}", style), Text(f"{share:.0%}", style)
-
-
-def _is_saving(plan: Plan, number: int) -> bool:
-    """Whether the stage holds most while a checkpoint is gathered."""
-    return plan.saving_bytes[number] > plan.memory[number].total
+    return Text(f"{total / _GIB:.2f}", style), Text(f"{share:.0%}", style)
 
 
 def _shown_stages(plan: Plan) -> list[tuple[str, int | None]]:

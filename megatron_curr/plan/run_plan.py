@@ -17,7 +17,7 @@ from megatron_curr.plan.dit import dit_parameters
 from megatron_curr.plan.findings import CheckpointPlan, PhasePlan, Plan
 from megatron_curr.plan.flops import Ints
 from megatron_curr.plan.layout import Axes, Stage, axes_of, pipeline_stages
-from megatron_curr.plan.memory import StageMemory, saving_bytes, stage_memory, state_bytes
+from megatron_curr.plan.memory import StageMemory, stage_memory, state_bytes
 from megatron_curr.plan.model_size import num_active_parameters, num_parameters
 from megatron_curr.plan.phases import PhaseSteps, epoch_warnings, epochs_by_phase, phase_steps
 from megatron_curr.plan.shapes import (
@@ -57,8 +57,7 @@ def plan_run(
     """
     check_recipe(recipe)
     check_layout(recipe, cluster.world_size)
-    planner = planner_of(recipe)
-    schedule = build_schedule(recipe.curriculum, planner)
+    schedule = build_schedule(recipe.curriculum, planner := planner_of(recipe))
     steps = phase_steps(schedule, planner.cells if planner else ())
     shapes = _shapes(
         recipe, steps, vocab_size=vocab_size, is_fused=is_fused, document_tokens=document_tokens
@@ -68,10 +67,12 @@ def plan_run(
     longest = largest([shape for of_phase in shapes for shape, _ in of_phase])
     batch = longest.batch
     most_rounds = most_micro_batches(steps, longest.micro_batch_tokens * axes.data.size)
-    memory, saving = _memory(batch, stages, axes=axes, num_micro_batches=most_rounds)
+    memory = tuple(
+        stage_memory(batch, stage, axes=axes, num_micro_batches=most_rounds) for stage in stages
+    )
     epochs = epochs_by_phase(steps, source_tokens or {})
     problems, warnings = epoch_warnings(steps, epochs, recipe.data.sources)
-    short = _shortage(memory, saving, cluster)
+    short = _shortage(memory, cluster)
     parameters, active = _parameters(batch)
     plan = Plan(
         recipe=recipe,
@@ -81,7 +82,6 @@ def plan_run(
         axes=axes,
         stages=stages,
         memory=memory,
-        saving_bytes=saving,
         parameters=parameters,
         active_parameters=active,
         phases=tuple(
@@ -173,33 +173,15 @@ def _phase_plan(
     return PhasePlan(phase, rounds, flops, step, stated_s or step.total_s)
 
 
-def _memory(
-    batch: MicroBatch, stages: Sequence[Stage], *, axes: Axes, num_micro_batches: int
-) -> tuple[tuple[StageMemory, ...], tuple[float, ...]]:
-    """Of every stage: in a step, and while a checkpoint is taken."""
-    in_step = [
-        stage_memory(batch, stage, axes=axes, num_micro_batches=num_micro_batches)
-        for stage in stages
-    ]
-    return tuple(in_step), tuple(saving_bytes(batch, stage, axes=axes) for stage in stages)
-
-
-def _shortage(
-    memory: Sequence[StageMemory], saving: Sequence[float], cluster: Cluster
-) -> list[str]:
+def _shortage(memory: Sequence[StageMemory], cluster: Cluster) -> list[str]:
     """What does not fit, and where; nothing where all does."""
-    has = cluster.gpu.memory_bytes
-    for when, held in (
-        ("", [stage.total for stage in memory]),
-        ("while a checkpoint is gathered ", saving),
-    ):
-        if max(held) > has:
-            stage = list(held).index(max(held))
-            return [
-                f"memory: {when}a rank of pipeline stage {stage} needs "
-                f"{max(held) / _GIB:.1f} GiB and a {cluster.gpu.name} has {has / _GIB:.1f}"
-            ]
-    return []
+    held, has = [stage.total for stage in memory], cluster.gpu.memory_bytes
+    if max(held) <= has:
+        return []
+    return [
+        f"memory: a rank of pipeline stage {held.index(max(held))} needs "
+        f"{max(held) / _GIB:.1f} GiB and a {cluster.gpu.name} has {has / _GIB:.1f}"
+    ]
 
 
 def _busiest(

@@ -13,7 +13,7 @@ off, and any layout changed, between a save and a load.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,15 +98,20 @@ def applied_updates(optimizer: MegatronOptimizer) -> int:
 def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
     """The moments as megatron-core sharded tensors, to be saved.
 
-    Collective where the distributed optimizer is on: it gathers each bucket over data parallel.
+    Collective where the distributed optimizer is on: its pieces are put together bucket by bucket,
+    and every parameter's state is kept and written by one of the data-parallel ranks, its owner.
     """
     fill_missing_state(optimizer)
     plans = _sharding_plans(model_state)
     tensors: dict[str, Any] = {}
     for part in _parts(optimizer):
+        is_shared_out = isinstance(part, DistributedOptimizer)
         for param, name, value in _whole_tensors(part):
+            plan = plans[id(param)]
+            if is_shared_out:  # only the owner lists it, so its copy is the first over data ranks
+                plan = replace(plan, replica_id=(*plan.replica_id[:-1], 0))
             tensors[f"{len(tensors)}"] = make_sharded_optimizer_tensor(
-                plans[id(param)], value, prefix=f"optimizer.state.{name}"
+                plan, value, prefix=f"optimizer.state.{name}"
             )
     return tensors
 
@@ -198,7 +203,7 @@ def _sharding_plans(model_state: dict[str, Any]) -> dict[int, Any]:
 def _whole_tensors(part: MegatronOptimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
     """(parameter, what it is, tensor of the parameter's shape) of everything to be saved."""
     if isinstance(part, DistributedOptimizer):
-        yield from _gathered_tensors(part)
+        yield from _owned_tensors(part)
         return
     for held in _held(part):
         for name in _kept(part):
@@ -207,14 +212,16 @@ def _whole_tensors(part: MegatronOptimizer) -> Iterator[tuple[Tensor, str, Tenso
             yield held.model_param, MAIN, held.main_param.detach()
 
 
-def _gathered_tensors(part: DistributedOptimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """Gather each bucket of the distributed optimizer over its data-parallel group.
+def _owned_tensors(part: DistributedOptimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """What this rank owns of the distributed optimizer; gathers a bucket at a time.
 
-    Not megatron-core's own gather: that one drops the padding between buckets but keeps offsets
-    that count it, and says so in a warning about data corruption.
+    Beyond its owned part a rank never holds more than one bucket of one kind. Not megatron-core's
+    own gather: that one drops the padding between buckets but keeps offsets that count it, and says
+    so in a warning about data corruption.
     """
     held_by_param = {held.model_param: held for held in _held(part)}
     group = part.data_parallel_group
+    owners = _owners(part)
     for buffer, ranges_by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
         for ranges in ranges_by_dtype.values():
             for bucket, range_map in zip(buffer.buckets, ranges, strict=True):
@@ -233,7 +240,20 @@ def _gathered_tensors(part: DistributedOptimizer) -> Iterator[tuple[Tensor, str,
                     dist.all_gather(shards, shard, group=group)
                     whole = torch.cat(shards)
                     for param in bucket.params_list:
+                        if owners[param] != group.rank():
+                            continue
                         # bucket.param_to_index leaves out the padding between parameters
                         start, end, _ = buffer.param_index_map[param]
                         piece = whole[start - bucket.offset : end - bucket.offset]
-                        yield param, name, piece.view(param.shape)
+                        yield param, name, piece.view(param.shape).clone()  # lets the bucket go
+
+
+def _owners(part: DistributedOptimizer) -> dict[Tensor, int]:
+    """The data-parallel rank that saves each parameter's state; all own about as much."""
+    owned = [0] * part.data_parallel_group.size()
+    owners = {}
+    for buffer in part.buffers:
+        for param in buffer.params:
+            owners[param] = owned.index(min(owned))
+            owned[owners[param]] += param.numel()
+    return owners

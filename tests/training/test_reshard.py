@@ -100,6 +100,36 @@ def assert_same_tensors(rank: int, saved: Path, others: Sequence[Path]) -> None:
         assert not wrong, f"{other.name}: {wrong}"
 
 
+def lists_its_share_of_moments(rank: int, recipe: Path) -> None:
+    """The distributed optimizer's state is listed once over the data ranks, half by each."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from megatron_curr.parallel.groups import build_groups, destroy_groups
+    from megatron_curr.training.build import build_model
+    from megatron_curr.training.optimizer_state import sharded_state
+    from megatron_curr.training.preflight import prepare
+
+    loaded = load_recipe(recipe)
+    moved = parse_layout("dp2do", loaded).recipe(loaded)
+    groups = build_groups(moved.parallel)
+    prepared = prepare(moved, dist.get_world_size())
+    chunks, optimizer = build_model(moved, groups=groups, vocab_size=prepared.vocab_size)
+    metadata = {"dp_cp_group": groups.pg_collection.dp_cp}
+    model_state = {"model0": chunks[0].module.sharded_state_dict(metadata=metadata)}
+    kept = [listed.data for listed in nested_values(sharded_state(optimizer, model_state))]
+    mine = sum(tensor.numel() for tensor in kept)
+    assert mine == sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept)  # no bucket held
+    total = torch.tensor(mine)
+    dist.all_reduce(total)
+    assert int(total) == 2 * sum(param.numel() for param in chunks[0].parameters())
+    assert mine < 0.6 * int(total)
+    destroy_groups()
+
+
+def test_data_ranks_share_out_the_moments_of_a_checkpoint(runs: Runs) -> None:
+    run_ranks(lists_its_share_of_moments, 2, runs.recipe("shared_out", TIED))
+
+
 def newest(checkpoints: Path) -> Path:
     return list_checkpoints(checkpoints)[-1]
 
