@@ -118,7 +118,8 @@ def draw(scene: Scene, *, size: int = SIZE, num_frames: int = NUM_FRAMES) -> Fra
 def write_video(path: Path, frames: Frames, *, fps: int = FPS) -> None:
     """Encode as ``path``'s ending says."""
     codec, options = ENCODINGS[path.suffix]
-    with av.open(str(path), "w") as container:
+    # Else a webm file gets a random identity, and with it another hash, in every call.
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -16,12 +16,13 @@ import io
 import json
 import os
 import pickle
+import select
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron_curr.training import local_copy
 from megatron_curr.training.checkpoint_folder import STATE, file_record
 from megatron_curr.training.signals import STOP_SIGNALS, die_with_parent
+
+NUM_FORKS = 3
+READY_WITHIN_S = 10.0  # a fork takes milliseconds, on an overloaded node perhaps a second
 
 
 class RankWriter(FileSystemWriterAsync):
@@ -197,29 +201,49 @@ class Child:
     """A forked process that runs one function and leaves its pickled result in memory.
 
     It may then become another program, which is told where to append what it has to say.
+
+    A child says when it has come to itself. In CPython 3.11 one in thousands does not: ``fork``
+    copies a lock of the interpreter that a thread of gloo's or torch's held at that instant, and
+    waits for it for ever (docs/log.md). Such a child is killed and another one made.
     """
 
     def __init__(
         self, work: Callable[[], Any], *, then: Callable[[], list[str]] = lambda: []
     ) -> None:
+        """Raises ``OSError`` where no child comes to itself; the caller does the work then."""
         self._memory = os.memfd_create("checkpoint-result")
         self._status: int | None = None
         parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                gc.disable()  # a collection could touch device tensors that belong to the parent
-                die_with_parent(parent)
-                torch.set_num_threads(1)  # the threads of the parent's pool are not in this process
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)  # the parent waits for the save to end
-                with os.fdopen(self._memory, "wb", closefd=False) as stream:
-                    pickle.dump(work(), stream)
-                if command := then():
-                    os.set_inheritable(self._memory, True)
-                    os.execv(command[0], [*command, str(self._memory)])
-            finally:
-                os._exit(0)
+        ready, is_ready = os.pipe()
+        with os.fdopen(ready), os.fdopen(is_ready, "wb"):
+            for _ in range(NUM_FORKS):
+                self._pid = os.fork()
+                if self._pid == 0:
+                    os.write(is_ready, b".")
+                    self._be_the_child(parent, work, then)
+                if select.select([ready], [], [], READY_WITHIN_S)[0]:
+                    return
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
+        os.close(self._memory)
+        raise OSError(f"none of {NUM_FORKS} forks came to itself in {READY_WITHIN_S:g} s")
+
+    def _be_the_child(
+        self, parent: int, work: Callable[[], Any], then: Callable[[], list[str]]
+    ) -> Never:
+        try:
+            gc.disable()  # a collection could touch device tensors that belong to the parent
+            die_with_parent(parent)
+            torch.set_num_threads(1)  # the threads of the parent's pool are not in this process
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # the parent waits for the save to end
+            with os.fdopen(self._memory, "wb", closefd=False) as stream:
+                pickle.dump(work(), stream)
+            if command := then():
+                os.set_inheritable(self._memory, True)
+                os.execv(command[0], [*command, str(self._memory)])
+        finally:
+            os._exit(0)
 
     def has_ended(self) -> bool:
         """Whether the process is over; does not wait."""

@@ -24,6 +24,15 @@ def test_clips_are_real_files_that_show_their_captions(tmp_path: Path) -> None:
     assert [row["caption"] for row in pictures] == ["a red square", "a green square"]
 
 
+def test_the_same_clips_are_the_same_bytes(tmp_path: Path) -> None:
+    once, again = (
+        make_video_demo(tmp_path / name, num_clips=5, num_pictures=1) for name in ("once", "again")
+    )
+    for kind, folder in once.items():
+        for path in folder.iterdir():
+            assert path.read_bytes() == (again[kind] / path.name).read_bytes()
+
+
 def test_motion_and_colour_are_recognised_after_the_codec() -> None:
     codec = HaarCodec()
     for number in range(0, 84, 5):

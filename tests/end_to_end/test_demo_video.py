@@ -46,7 +46,7 @@ def test_the_video_demo_runs_through_and_again(
     small_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "here"
-    assert run_video_demo(folder, num_clips=28, num_pictures=16) == 0
+    assert run_video_demo(folder, num_clips=84, num_pictures=48) == 0
     told = capfd.readouterr().out
     for step in range(1, 6):
         assert f"step {step} of 5" in told
@@ -91,6 +91,6 @@ def test_the_video_demo_runs_through_and_again(
     assert main([*arguments, "--bucket", "image32", "--image", str(tmp_path / "first.png")]) == 2
     assert "cannot go on from an image" in capfd.readouterr().err
 
-    assert run_video_demo(folder, num_clips=28, num_pictures=16) == 0
+    assert run_video_demo(folder, num_clips=84, num_pictures=48) == 0
     told = capfd.readouterr().out
     assert told.count("is there already") == 3  # clips, shards, run

@@ -167,6 +167,15 @@ class SlurmRun:
         self.cluster("on", node, "kill", f"-{name}", pid)
         return node
 
+    def hold(self, number: int) -> int:
+        """Stop both ranks of an incarnation where they are; the node of the last."""
+        return [self.signal(number, rank, "STOP") for rank in (0, 1)][-1]
+
+    def let_go(self, number: int) -> None:
+        """Let them go on."""
+        for rank in (0, 1):
+            self.signal(number, rank, "CONT")
+
     def output(self) -> str:
         """What all jobs printed."""
         logs = sorted((self.folder / "logs").glob("slurm-*.out"))

@@ -70,14 +70,18 @@ def lose_nodes(cluster: Cluster, corpus: Path, folder: Path) -> Story:
     story.recover("kill -9 of a rank", 2)
 
     run.wait_for_step(10)
+    run.hold(2)  # else a quiet machine is through before the controller is back
     cluster("restart")
     amended = amended_curriculum(corpus, folder / "nodes")
     recipe = write_toy(corpus, folder / "nodes", curriculum=amended)
     story.facts["amend"] = cluster.command("amend", run.folder, recipe)
+    run.let_go(2)
     run.wait_for_step(18)
+    run.hold(2)
     boss = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null"]
     node, _ = run.rank(2, 1)
     cluster("exec", *boss, f"--nodelist=node{node}", "--wrap=sleep 1")
+    # A preemption wakes them up: its warning comes with a SIGCONT, as that of the time limit does.
     story.recover("preemption", 3)
 
     run.wait_for_step(26)
@@ -86,8 +90,10 @@ def lose_nodes(cluster: Cluster, corpus: Path, folder: Path) -> Story:
     wait_until(lambda: _is_saving(pen), "a save to begin")
     cluster("poweroff", node)
     story.recover("power-off in a save, spare held", 4)
+    run.hold(4)
     cluster("boot", node)
     cluster.wait_for_node(node, "idle")
+    run.let_go(4)
 
     run.wait_for_step(44)
     node, _ = run.rank(4, 0)  # with the batch script
@@ -115,20 +121,17 @@ def run_out_of_time_and_leave_a_zombie(cluster: Cluster, corpus: Path, folder: P
     run.submit("--until-done")
     run.wait_for_step(8)
     warned = run.newest
-    for rank in (0, 1):
-        run.signal(warned, rank, "STOP")
+    run.hold(warned)
     shorten_time_limit(cluster, run.events[-1]["job_id"])
     # Slurm's early warning wakes them up: it comes with a SIGCONT.
     story.recover("time limit", warned + 1)
 
     run.wait_for_step(24)
     stale = run.newest
-    for rank in (0, 1):
-        node = run.signal(stale, rank, "STOP")
+    node = run.hold(stale)
     cluster("crash", node)
     story.recover("slurmd killed, ranks live on", stale + 1)
-    for rank in (0, 1):
-        run.signal(stale, rank, "CONT")
+    run.let_go(stale)
     zombie = run.start_of(stale)
     assert zombie is not None
     wait_until(lambda: len(zombie.endings) == 2, "the stale ranks to end")
