@@ -75,7 +75,9 @@ class Cluster:
     def wait_for_node(self, node: int, state: str) -> None:
         """Until ``sinfo`` shows the node in this state."""
         wait_until(
-            lambda: state in self("exec", "sinfo", "-h", "-N", "-n", f"node{node}", "-o", "%T"),
+            lambda: (
+                set(self("exec", "sinfo", "-h", "-n", f"node{node}", "-o", "%T").split()) == {state}
+            ),
             f"node{node} to be {state}",
         )
 

@@ -109,6 +109,6 @@ def test_a_node_that_is_not_fit_is_drained(cluster: Cluster) -> None:
     words = ["--drain", "--min-free-gib", 10**7, "--slurm-conf", cluster.folder / "slurm.conf"]
     with pytest.raises(CommandError, match="GiB free on /tmp, not 10000000"):
         cluster("on", 5, "env", "-i", "SLURMD_NODENAME=node5", check, *words)
-    cluster.wait_for_node(5, "drain")
+    cluster.wait_for_node(5, "drained")
     cluster("exec", "scontrol", "update", "nodename=node5", "state=resume")
     cluster.wait_for_node(5, "idle")
