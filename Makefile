@@ -1,7 +1,7 @@
 # Needs Python 3.11 and nothing else; every target sets up what it uses.
 #
-#   make demo     train, resume, export and report a small model (about ten minutes on two cores)
-#   make demo-video   make clips, train a video model on them, sample from it
+#   make demo     train, resume, export and report a small model (about five minutes on two cores)
+#   make demo-video   make clips, train a video model on them, sample from it (five and a half minutes)
 #   make test     the test suite on the CPU
 #   make slurm    install slurm-wlm (Debian, root), for the tests that start a cluster of their own
 #   make test-slurm   these tests alone
