@@ -2,7 +2,7 @@
 
 * ``haar``: wavelets, no weights; the default
 * ``diffusers:FOLDER``: any image or video autoencoder saved by diffusers
-* ``mugv:FILE``: refused, with what is missing
+* ``mugv:FILE``: MUG-V's own, from its ``vae.pt``
 
 Legend: F frames, H W pixel rows and columns, C latent channels, T latent frames, Y X latent rows
 and columns.
@@ -142,10 +142,8 @@ def load_codec(name: str) -> Codec:
         from megatron_curr.data.diffusers_codec import DiffusersCodec
 
         return DiffusersCodec(Path(place))
-    if kind == "mugv":
-        raise DataError(
-            f"codec {name!r}: the MUG-V autoencoder has no public class that could be loaded here, "
-            "and its layers are not described well enough to build it exactly; encode with its own "
-            "repository, or use 'haar' or 'diffusers:FOLDER'"
-        )
-    raise DataError(f"codec {name!r}: not known; use 'haar' or 'diffusers:FOLDER'")
+    if kind == "mugv" and place:
+        from megatron_curr.data.mugv_codec import MugvCodec
+
+        return MugvCodec(Path(place))
+    raise DataError(f"codec {name!r}: not known; use 'haar', 'diffusers:FOLDER' or 'mugv:FILE'")

@@ -154,7 +154,7 @@ def test_a_transformers_encoder_is_opened_by_its_folder(tmp_path: Path) -> None:
     ("load", "name", "message"),
     [
         (load_codec, "wavelet", "codec 'wavelet': not known; use 'haar'"),
-        (load_codec, "mugv:vae.pt", "no public class"),
+        (load_codec, "mugv", "use .* or 'mugv:FILE'"),
         (load_codec, "diffusers:/nowhere", "cannot be loaded"),
         (load_text_encoder, "hashed:0", "use 'hashed:WIDTH'"),
         (load_text_encoder, "t5", "use 'hashed:WIDTH'"),
