@@ -3,10 +3,10 @@
     python -m benchmarks.convert --folder /tmp/convert_benchmark
 
 Makes a bf16 checkpoint (6.4 GB), then, in turn and several times over, copies its files with
-``cp``, exports it to a Hugging Face folder and imports that again, each target removed before the
-next. ``cp`` does not flush to disk and the conversions do, so ``cp`` is timed with ``sync`` of its
-files, and without. Memory is the process's own (``RssAnon``), without mapped files. Needs 20 GB of
-disk; removes all of it at the end.
+``cp``, exports it to a Hugging Face folder, imports that again and averages two of it, each target
+removed before the next. ``cp`` does not flush to disk and the conversions do, so ``cp`` is timed
+with ``sync`` of its files, and without. Memory is the process's own (``RssAnon``), without mapped
+files. Needs 20 GB of disk; removes all of it at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import yaml
 from megatron_curr.convert.export import export
 from megatron_curr.convert.hf_config import choose_family
 from megatron_curr.convert.import_model import import_model, model_section
-from megatron_curr.convert.source import MODEL_FILE, open_source
+from megatron_curr.convert.merge import merge
+from megatron_curr.convert.source import MODEL_FILE, Source, open_source
 from megatron_curr.convert.torch_dist_out import write_torch_dist
 from megatron_curr.recipe.model import Model
 
@@ -70,9 +71,7 @@ class SyntheticWeights:
     def read(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
         rows, *columns = self._shapes[name]
         shape = ((rows if end is None else end) - start, *columns)
-        count = torch.Size(shape).numel()
-        repeats = -(-count // len(self._noise))
-        return self._noise.repeat(repeats)[:count].view(shape)
+        return self._noise[: torch.Size(shape).numel()].view(shape)  # never more than a block
 
 
 def write_synthetic(folder: Path, model: Model) -> None:
@@ -111,6 +110,11 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
+def average_of_two(checkpoint: Path) -> Source:
+    """The mean of a checkpoint and itself."""
+    return merge([open_source(checkpoint), open_source(checkpoint)], method="average", by=1.0)
+
+
 def timed(action: Callable[[], object], target: Path) -> float:
     """Seconds; the target is removed before."""
     shutil.rmtree(target, ignore_errors=True)
@@ -140,6 +144,7 @@ def main() -> None:
         "cp and sync": (lambda: copy(checkpoint, copied, flush=True), copied),
         "checkpoint to hf": (lambda: export(open_source(checkpoint), hf), hf),
         "hf to checkpoint": (lambda: import_model(open_source(hf), back), back),
+        "average of two": (lambda: import_model(average_of_two(checkpoint), back), back),
     }
     times: dict[str, list[float]] = {name: [] for name in actions}
     peaks: dict[str, int] = {}

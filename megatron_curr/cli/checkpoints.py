@@ -120,9 +120,24 @@ def merge(
     from megatron_curr.convert.merge import merge as merged
     from megatron_curr.convert.run_conversion import convert_source
     from megatron_curr.convert.source import open_source
+    from megatron_curr.convert.video import (
+        convert_video_source,
+        is_video,
+        open_video_source,
+        video_pieces,
+    )
 
-    opened = [open_source(path, trust_pickle=trust_pickle) for path in sources]
-    done = convert_source(merged(opened, method=method, by=by), output, to=to or "hf", dtype=dtype)
+    videos = [path for path in sources if is_video(path)]
+    if videos and len(videos) < len(sources):
+        raise RecipeError(f"{videos[0]} is a video model and others are not; merge one kind")
+    open_one = open_video_source if videos else open_source
+    opened = [open_one(path, trust_pickle=trust_pickle) for path in sources]
+    if videos:
+        source = merged(opened, method=method, by=by, pieces_of=video_pieces)
+        done = convert_video_source(source, output, to=to or "hf", dtype=dtype)
+    else:
+        source = merged(opened, method=method, by=by)
+        done = convert_source(source, output, to=to or "hf", dtype=dtype)
     _tell(done, as_json=as_json)
 
 

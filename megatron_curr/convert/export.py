@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from megatron_curr.convert.family import Family
 from megatron_curr.convert.hf_config import write_config
 from megatron_curr.convert.safetensors_out import Written, write_safetensors
 from megatron_curr.convert.source import RunSource, Source
-from megatron_curr.convert.stored import METADATA
 from megatron_curr.convert.target import check_empty, written_beside
 from megatron_curr.convert.tokenizer import write_tokenizer
 from megatron_curr.data.shards import ShardSet, open_shards
@@ -69,7 +67,10 @@ def export(
     to = read_dtype(dtype)
     family = source.family(architecture)
     pieces = source.pieces(family)
-    with written_beside(output, _plan(source, family, dtype, max_file_bytes)) as folder:
+    plan = source.plan(
+        to="hf", dtype=dtype, architecture=family.architecture, max_file_bytes=max_file_bytes
+    )
+    with written_beside(output, plan) as folder:
         sizes = write_safetensors(
             source.weights,
             pieces,
@@ -193,19 +194,6 @@ def _heldout_ids(recipe: Recipe) -> Iterator[list[int]]:
     for shards in heldout_sets(recipe).values():
         ids = shards.read(0, min(CHECKED_TOKENS, shards.num_tokens)).tolist()
         yield from (ids[start : start + 1000] for start in range(0, len(ids), 1000))
-
-
-def _plan(source: Source, family: Family, dtype: str | None, max_file_bytes: int) -> dict[str, Any]:
-    """What must be the same for files of a conversion that was cut short to be kept."""
-    told = [path for path in (source.path / METADATA, source.path / "config.json") if path.exists()]
-    return {
-        "source": str(source.path.resolve()),
-        "told": [hashlib.sha256(path.read_bytes()).hexdigest() for path in told],
-        "weights": getattr(source.weights, "told", ""),
-        "architecture": family.architecture,
-        "dtype": dtype,
-        "max_file_bytes": max_file_bytes,
-    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

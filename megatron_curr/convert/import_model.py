@@ -16,7 +16,7 @@ import yaml
 from megatron_curr.convert.export import carry_files, read_dtype
 from megatron_curr.convert.source import CARRIED, MODEL_FILE, Source
 from megatron_curr.convert.target import check_empty, written_beside
-from megatron_curr.convert.torch_dist_out import write_torch_dist
+from megatron_curr.convert.torch_dist_out import CHUNK_FILE_BYTES, write_torch_dist
 from megatron_curr.recipe.model import Model
 
 
@@ -36,6 +36,7 @@ def import_model(
     output: Path,
     *,
     dtype: str | None = None,
+    max_file_bytes: int = CHUNK_FILE_BYTES,
     on_bytes: Callable[[int], None] = lambda count: None,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> Import:
@@ -49,10 +50,16 @@ def import_model(
     family = source.family()
     pieces = source.pieces(family)
     names = list(dict.fromkeys(piece.stored for piece in pieces))
-    plan = {"source": str(source.path.resolve()), "to": "checkpoint", "dtype": dtype}
+    plan = source.plan(to="checkpoint", dtype=dtype, max_file_bytes=max_file_bytes)
     with written_beside(output, plan) as folder:
         size = write_torch_dist(
-            source.weights, names, folder, model=source.model, dtype=to, on_bytes=on_bytes
+            source.weights,
+            names,
+            folder,
+            model=source.model,
+            dtype=to,
+            max_file_bytes=max_file_bytes,
+            on_bytes=on_bytes,
         )
         model = source.model.model_copy(update={"vocab_size": source.vocab_size, "preset": None})
         told = {"architecture": family.architecture, "model": model_section(model)}

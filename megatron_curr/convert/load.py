@@ -135,7 +135,7 @@ def first_weights(
     if recipe.init_from is None:
         return None
     kind, _, name = recipe.init_from.partition(":")
-    source = open_source(Path(name))
+    source = open_source(Path(name), which="ema" if kind == "ema" else "raw")
     if (kind == "hf") != isinstance(source.weights, PublishedWeights):
         other = "checkpoint" if kind == "hf" else "hf"
         raise RecipeError(f"init_from: {name} is no {kind} folder; write {other}:{name}")

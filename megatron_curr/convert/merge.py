@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from threading import Lock
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from megatron_curr.errors import CheckpointError, RecipeError
 
 Method = Literal["average", "linear", "spherical", "residual"]
 _COUNTS = {"linear": 2, "spherical": 2, "residual": 3}
-_BLOCK_ROWS = 4096
+_VALUES_AT_ONCE = 2 << 20  # of all sources together
 _SAME_DIRECTION = 1e-4  # below this sine, spherical is linear up to rounding
 
 
@@ -32,10 +31,7 @@ class MergedWeights:
         self,
         sources: Sequence[Weights],
         combine: Callable[[str, list[Tensor]], Tensor],
-        *,
-        told: str,
     ) -> None:
-        self.told = told
         self._sources = sources
         self._combine = combine
 
@@ -52,20 +48,33 @@ class MergedWeights:
         return self._sources[0].dtype(name)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """Rows [start, end) of one weight."""
-        end = self.shape(name)[0] if end is None else end
-        rows = [source.read(name, start, end).float() for source in self._sources]
-        return self._combine(name, rows).to(self.dtype(name))
+        """Rows [start, end) of one weight; of the sources, a few of them at a time."""
+        height, *width = self.shape(name)
+        end = height if end is None else end
+        merged = torch.empty((end - start, *width), dtype=self.dtype(name))
+        at_once = _rows_at_once(width, len(self._sources))
+        for first in range(start, end, at_once):
+            last = min(first + at_once, end)
+            rows = [source.read(name, first, last).float() for source in self._sources]
+            merged[first - start : last - start] = self._combine(name, rows)
+        return merged
 
 
-def merge(sources: Sequence[Source], *, method: Method, by: float) -> Source:
+def merge(
+    sources: Sequence[Source],
+    *,
+    method: Method,
+    by: float,
+    pieces_of: Callable[[Source], object] = lambda source: source.pieces(source.family()),
+) -> Source:
     """One source out of several.
 
     ``average`` takes any number alike. ``linear`` and ``spherical`` go the part ``by`` of the way
     from the first to the second; spherical along the arc between them (Shoemake 1985), so that the
     norm of a weight does not shrink. ``residual`` adds ``by`` times (second - third) to the first:
-    a tuned model less the base it was tuned from, onto another base. Raises ``RecipeError`` for
-    another number of sources and ``CheckpointError`` for sources of different models.
+    a tuned model less the base it was tuned from, onto another base. ``pieces_of`` raises for
+    tensors that are not the model's. Raises ``RecipeError`` for another number of sources and
+    ``CheckpointError`` for sources of different models.
     """
     wanted = _COUNTS.get(method)
     if (wanted and len(sources) != wanted) or len(sources) < 2:
@@ -74,15 +83,18 @@ def merge(sources: Sequence[Source], *, method: Method, by: float) -> Source:
         )
     first = sources[0]
     for source in sources:
-        source.pieces(source.family())  # are its tensors what they should be?
+        pieces_of(source)  # are its tensors what they should be?
     for other in sources[1:]:
         _check_same_model(first, other)
     weights = [source.weights for source in sources]
     combine = _method(method, weights, by=by)
     names = ", ".join(str(source.path) for source in sources)
-    told = f"{method} of {names}" + ("" if method == "average" else f" by {by:g}")
-    merged = MergedWeights(weights, combine, told=told)
-    return replace(first, weights=merged, made_by=f"the {told}")
+    return replace(
+        first,
+        weights=MergedWeights(weights, combine),
+        made_by=f"the {method} of {names}" + ("" if method == "average" else f" by {by}"),
+        others=tuple(source.path for source in sources[1:]),
+    )
 
 
 def _method(
@@ -103,20 +115,19 @@ class _Spherical:
     def __init__(self, first: Weights, second: Weights, *, by: float) -> None:
         self._pair, self._by = (first, second), by
         self._factors: dict[str, tuple[float, float]] = {}
-        self._lock = Lock()
 
     def __call__(self, name: str, rows: list[Tensor]) -> Tensor:
-        with self._lock:
-            if name not in self._factors:
-                self._factors[name] = self._measure(name)
+        if name not in self._factors:  # two threads may both measure, to the same result
+            self._factors[name] = self._measure(name)
         first, second = self._factors[name]
         return first * rows[0] + second * rows[1]
 
     def _measure(self, name: str) -> tuple[float, float]:
         dot = first_square = second_square = 0.0
         count = min(weights.shape(name)[0] for weights in self._pair)
-        for row in range(0, count, _BLOCK_ROWS):
-            end = min(row + _BLOCK_ROWS, count)
+        at_once = _rows_at_once(self._pair[0].shape(name)[1:], len(self._pair))
+        for row in range(0, count, at_once):
+            end = min(row + at_once, count)
             a, b = (weights.read(name, row, end).double() for weights in self._pair)
             dot += float((a * b).sum())
             first_square += float(a.square().sum())
@@ -129,6 +140,10 @@ class _Spherical:
             math.sin((1 - self._by) * angle) / math.sin(angle),
             math.sin(self._by * angle) / math.sin(angle),
         )
+
+
+def _rows_at_once(width: Sequence[int], num_sources: int) -> int:
+    return max(_VALUES_AT_ONCE // num_sources // math.prod(width), 1)
 
 
 def _check_same_model(first: Source, other: Source) -> None:

@@ -1,15 +1,9 @@
-"""safetensors files written as they are read: header first, then rows, block by block.
-
-No tensor is ever whole in memory. Files are written beside, flushed and renamed, so a file that
-carries its name is whole, and a conversion that was killed goes on at the first that is missing.
-"""
+"""safetensors files written as they are read: header first, then rows, block by block."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_curr.convert.family import Piece
+from megatron_curr.convert.files_out import Block, bytes_block, weight_blocks, write_files
 from megatron_curr.convert.published import DTYPES, INDEX
 from megatron_curr.convert.weights import Weights, written_dtype
 
-BLOCK_BYTES = 32 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,7 +34,6 @@ def write_safetensors(
     *,
     dtype: torch.dtype | None,
     max_file_bytes: int,
-    num_threads: int = 2,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Written:
     """Write files of at most ``max_file_bytes`` (or one tensor), and their index.
@@ -50,18 +43,10 @@ def write_safetensors(
     """
     groups = _split(weights, pieces, dtype, max_file_bytes)
     names = file_names(len(groups))
-    with ThreadPoolExecutor(num_threads) as pool:
-        jobs = [
-            pool.submit(_write_file, weights, group, folder / name, dtype=dtype, on_bytes=on_bytes)
-            for name, group in zip(names, groups, strict=True)
-            if not (folder / name).is_file()
-        ]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    files = {
+        name: _file_blocks(weights, group, dtype) for name, group in zip(names, groups, strict=True)
+    }
+    write_files(folder, files, on_bytes=on_bytes)
     count = sum(piece.num_values for piece in pieces)
     size = sum(_num_bytes(weights, piece, dtype) for piece in pieces)
     if len(groups) > 1:
@@ -104,53 +89,21 @@ def _num_bytes(weights: Weights, piece: Piece, dtype: torch.dtype | None) -> int
     return piece.num_values * written_dtype(weights, piece.stored, dtype).itemsize
 
 
-def _write_file(
-    weights: Weights,
-    pieces: Sequence[Piece],
-    path: Path,
-    *,
-    dtype: torch.dtype | None,
-    on_bytes: Callable[[int], None],
-) -> None:
+def _file_blocks(
+    weights: Weights, pieces: Sequence[Piece], dtype: torch.dtype | None
+) -> list[Block]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    blocks: list[Block] = []
     end = 0
     for piece in pieces:
         start, end = end, end + _num_bytes(weights, piece, dtype)
+        to = written_dtype(weights, piece.stored, dtype)
         header[piece.published] = {
-            "dtype": _NAMES[written_dtype(weights, piece.stored, dtype)],
+            "dtype": _NAMES[to],
             "shape": list(piece.shape),
             "data_offsets": [start, end],
         }
+        blocks += weight_blocks(weights, piece.stored, piece.rows, to)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_suffix(".writing")
-    with beside.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
-        for piece in pieces:
-            to = written_dtype(weights, piece.stored, dtype)
-            for block in bytes_of(weights, piece, to):
-                on_bytes(write_all(file, block))
-        os.fsync(file.fileno())
-    beside.rename(path)
-
-
-def bytes_of(weights: Weights, piece: Piece, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The piece's values in order, a few rows at a time."""
-    row_bytes = weights.dtype(piece.stored).itemsize
-    for length in piece.shape[1:]:
-        row_bytes *= length
-    at_once = max(BLOCK_BYTES // row_bytes, 1)
-    for start, end in piece.rows:
-        for first in range(start, end, at_once):
-            block = weights.read(piece.stored, first, min(first + at_once, end))
-            block = block.to(dtype).contiguous()
-            yield memoryview(block.view(-1).view(torch.uint8).numpy())
-
-
-def write_all(file: Any, data: memoryview) -> int:
-    """Write every byte, to a file without a buffer; returns how many."""
-    left = data
-    while left:
-        left = left[file.write(left) :]
-    return len(data)
+    return [bytes_block(len(text).to_bytes(8, "little") + text), *blocks]

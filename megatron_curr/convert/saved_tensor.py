@@ -1,4 +1,7 @@
-"""One tensor as ``torch.save`` wrote it, viewed where it lies: no copy, no code from the file."""
+"""What ``torch.save`` writes: one tensor viewed where it lies, and the layout of what is to come.
+
+No copy, no code from the file.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -46,6 +51,20 @@ def view_of_saved_tensor(blob: memoryview) -> Tensor:
     return torch.as_strided(flat, description.shape, description.strides, description.offset)
 
 
+def saved_layout(build: Callable[[], object]) -> tuple[bytes | int, ...]:
+    """The file that ``torch.save`` would write of what ``build`` makes of empty tensors.
+
+    In order, bytes as they are and, for the values of each tensor, how many bytes they are. No
+    tensor takes memory. The CRC32 of the values, which torch does not read, is 0.
+    """
+    sink = _Sink()
+    with FakeTensorMode():
+        content = build()
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(content, sink)
+    return tuple(sink.parts)
+
+
 def view_of_bytes(data: memoryview, dtype: torch.dtype) -> Tensor:
     """Flat values over mapped bytes, which nobody may write to. Raises ``ValueError``."""
     if not len(data):
@@ -53,6 +72,26 @@ def view_of_bytes(data: memoryview, dtype: torch.dtype) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the map is read-only
         return torch.frombuffer(data, dtype=dtype)
+
+
+class _Sink(io.RawIOBase):
+    """Keeps what is written, and the length of what is passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[bytes | int] = []
+
+    def write(self, data: Any) -> int:
+        if self.parts and isinstance(last := self.parts[-1], bytes):
+            self.parts[-1] = last + bytes(data)
+        else:
+            self.parts.append(bytes(data))
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        assert whence == io.SEEK_CUR
+        self.parts.append(offset)
+        return 0
 
 
 class _Window(io.RawIOBase):

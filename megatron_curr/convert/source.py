@@ -32,6 +32,11 @@ Which = Literal["raw", "ema"]
 """Of a run: the trained weights, or their moving average."""
 MODEL_FILE = "model.yaml"
 CARRIED = "published"
+AVERAGED = "the moving average of the trained weights"
+NO_AVERAGE = (
+    "{path}: is no run, so it has no average; take its weights as they are (--weights raw, "
+    "init_from: checkpoint:...)"
+)
 _HASH_THREADS = 2
 
 
@@ -61,6 +66,17 @@ class Source:
     """Folder of tokenizer and other files that go along as they are."""
     made_by: str | None = None
     """The arithmetic on several sources that this one is; the first gives all but the weights."""
+    others: tuple[Path, ...] = ()
+    """The folders of the rest of them."""
+
+    def plan(self, **settings: str | int | None) -> dict[str, Any]:
+        """What must stay the same for files of a conversion that was cut short to be kept."""
+        return {
+            "source": str(self.path.resolve()),
+            "made_by": self.made_by,
+            "files": [_files_as_they_are(path) for path in (self.path, *self.others)],
+            **settings,
+        }
 
     def family(self, architecture: str | None = None) -> Family:
         """What it is published as. Raises ``RecipeError`` when nothing is exactly this model."""
@@ -74,10 +90,17 @@ class Source:
         return pieces
 
 
+def _files_as_they_are(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of every file in a folder."""
+    files = [file for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.suffix != ".lock"]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
 def open_source(path: Path, *, trust_pickle: bool = False, which: Which = "raw") -> Source:
     """Raises ``CheckpointError`` when ``path`` is none of these, or damaged."""
     if which == "ema" and ((path / MODEL_FILE).is_file() or (path / "config.json").is_file()):
-        raise CheckpointError(f"{path}: is no run, so it has no average; leave --weights out")
+        raise CheckpointError(NO_AVERAGE.format(path=path))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run, a checkpoint or a model folder")
     if (path / MODEL_FILE).is_file():
@@ -94,7 +117,7 @@ def open_source(path: Path, *, trust_pickle: bool = False, which: Which = "raw")
         vocab_size,
         None,
         run=run[0],
-        made_by="the moving average of the trained weights" if which == "ema" else None,
+        made_by=AVERAGED if which == "ema" else None,
     )
 
 
@@ -110,8 +133,8 @@ def open_weights(checkpoint: Path, which: Which) -> StoredTensors:
     stored = open_stored(checkpoint, prefix=f"optimizer.state.{AVERAGE}.")
     if not stored.tensors:
         raise CheckpointError(
-            f"{checkpoint}: holds no moving average of the weights; train with "
-            "training.ema_decay, or take the trained ones with --weights raw"
+            f"{checkpoint}: holds no moving average of the weights; train with training.ema_decay, "
+            "or take the trained ones (--weights raw, init_from: checkpoint:...)"
         )
     for name, tensor in open_stored(checkpoint).tensors.items():
         if name.endswith("expert_bias"):  # is moved by rule, not by the optimizer

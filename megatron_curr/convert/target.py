@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -30,7 +31,7 @@ def written_beside(output: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
 
     A conversion that was killed or interrupted leaves the folder; one of the same ``plan`` finds
     it again, with every file that was whole. Raises ``CheckpointError`` when another conversion
-    writes it now.
+    writes it now, or the disk is full.
     """
     check_empty(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +55,12 @@ def written_beside(output: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
             check_empty(output)
             os.replace(partial, output)  # over an empty folder, too
             _flush(output.parent)
-        except Exception:
+        except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(
+                    f"{output}: does not fit on the disk; make room or give another place"
+                ) from error
             raise
         finally:
             lock_path.unlink(missing_ok=True)

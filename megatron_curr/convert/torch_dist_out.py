@@ -1,19 +1,18 @@
 """Weights as a ``torch_dist`` checkpoint, written without a process group or a model.
 
 Every layer and every expert is one chunk, as megatron-core's own save makes them on one rank; its
-loader cuts them for any layout. Optimizer state and ``_extra_state`` are not written.
+loader cuts them for any layout. Where each lies is known before the first is written. Optimizer
+state and ``_extra_state`` are not written.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -25,10 +24,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_curr.convert.files_out import Block, bytes_block, weight_blocks, write_files
+from megatron_curr.convert.saved_tensor import saved_layout
 from megatron_curr.convert.stored import METADATA, stored_place
 from megatron_curr.convert.weights import Weights, written_dtype
 from megatron_curr.recipe.model import Model
 
+CHUNK_FILE_BYTES = 10**9
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -54,57 +56,54 @@ def write_torch_dist(
     *,
     model: Model,
     dtype: torch.dtype | None,
-    num_threads: int = 2,
+    max_file_bytes: int = CHUNK_FILE_BYTES,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Write the weights of these names; returns their bytes."""
-    shares = [names[number::num_threads] for number in range(num_threads)]
+    """Write the weights of these names, in files of at most this size (or one weight).
 
-    def write_share(number: int) -> list[_Saved]:
-        path = folder / f"__0_{number}.distcp"
-        with path.open("wb") as file:
-            saved = [
-                _save(file, path.name, weights, name, model=model, dtype=dtype, on_bytes=on_bytes)
-                for name in shares[number]
-            ]
-            file.flush()
-            os.fsync(file.fileno())
-        return saved
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        every = [saved for share in pool.map(write_share, range(num_threads)) for saved in share]
-    with (folder / METADATA).open("wb") as file:
-        pickle.dump(_metadata(every), file)
+    Returns the bytes of all chunks. Files that are there already are kept.
+    """
+    every: list[_Saved] = []
+    files: dict[str, list[Block]] = {}
+    file, filled = "", 0
+    for name in names:
+        key, index, lead = stored_place(name, model)
+        shape, to = weights.shape(name), written_dtype(weights, name, dtype)
+        sizes = (*(1 for _ in index), *shape)
+        blocks = _chunk_blocks(weights, name, sizes, to)
+        length = sum(block.num_bytes for block in blocks)
+        if not files or filled + length > max_file_bytes:
+            file, filled = f"__0_{len(files)}.distcp", 0
+            files[file] = []
+        files[file] += blocks
+        place = _StorageInfo(file, filled, length)
+        offsets = (*index, *(0 for _ in shape))
+        every.append(_Saved(key, offsets, sizes, (*lead, *shape), to, place))
+        filled += length
+    write_files(folder, files, on_bytes=on_bytes)
+    with (folder / METADATA).open("wb") as opened:
+        pickle.dump(_metadata(every), opened)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
     return sum(saved.place.length for saved in every)
 
 
-def _save(
-    file: BinaryIO,
-    file_name: str,
-    weights: Weights,
-    name: str,
-    *,
-    model: Model,
-    dtype: torch.dtype | None,
-    on_bytes: Callable[[int], None],
-) -> _Saved:
-    key, index, lead = stored_place(name, model)
-    tensor = weights.read(name).to(written_dtype(weights, name, dtype)).contiguous()
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # torch.save writes all that a view is a part of
-    first_byte = file.tell()
-    torch.save(tensor.view(*(1,) * len(index), *tensor.shape), file)
-    on_bytes(tensor.nbytes)
-    return _Saved(
-        key=key,
-        offsets=(*index, *(0 for _ in tensor.shape)),
-        sizes=(*(1 for _ in index), *tensor.shape),
-        whole=(*lead, *tensor.shape),
-        dtype=tensor.dtype,
-        place=_StorageInfo(file_name, first_byte, file.tell() - first_byte),
-    )
+def _chunk_blocks(
+    weights: Weights, name: str, sizes: tuple[int, ...], dtype: torch.dtype
+) -> list[Block]:
+    """One weight as ``torch.save`` would write it, with its index in front of its shape."""
+    blocks: list[Block] = []
+    for part in _chunk_layout(sizes, dtype):
+        if isinstance(part, bytes):
+            blocks.append(bytes_block(part))
+        else:
+            blocks += weight_blocks(weights, name, [(0, weights.shape(name)[0])], dtype)
+    return blocks
+
+
+@cache
+def _chunk_layout(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes | int, ...]:
+    return saved_layout(lambda: torch.empty(sizes, dtype=dtype))
 
 
 def _metadata(every: Sequence[_Saved]) -> Metadata:

@@ -7,8 +7,6 @@ transformers, so nothing of the conversion is trusted. Legend: B samples, S sequ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -134,13 +131,13 @@ def published_logits(hf_folder: Path, tokens_BS: Tensor) -> Tensor:
 def megatron_logits(checkpoint: Path, model: Model, tokens_BS: Tensor) -> Tensor:
     """[B, S, V padded] logits of the checkpoint's model on one rank, in fp32."""
     from megatron_curr.models.gpt import build_gpt
-    from megatron_curr.parallel.groups import build_groups, destroy_groups
+    from megatron_curr.parallel.groups import build_groups, destroy_groups, one_rank
 
     # The number of rows is the checkpoint's, whatever layout padded it.
     num_rows = open_stored(checkpoint).shape(_EMBEDDING)[0]
     unpadded = model.model_copy(update={"make_vocab_size_divisible_by": 1})
     parallel = Parallel(micro_batch_tokens=tokens_BS.shape[1])
-    with _one_rank():
+    with one_rank():
         groups = build_groups(parallel)
         try:
             gpt = build_gpt(
@@ -178,21 +175,6 @@ def load_stored(gpt: Any, checkpoint: Path) -> None:
 def _perplexity(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
     loss = cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
     return math.exp(min(float(loss), 700.0))
-
-
-@contextmanager
-def _one_rank() -> Iterator[None]:
-    """``torch.distributed`` with this process alone, as megatron-core's loader wants it."""
-    if dist.is_initialized():
-        if dist.get_world_size() != 1:
-            raise CheckpointError("models are compared in a process of its own, on one rank")
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _tolerance(hf_folder: Path, checkpoint: Path, logits_BSV: Tensor) -> float:

@@ -25,7 +25,9 @@ from megatron_curr.convert.published import PublishedWeights, open_published, re
 from megatron_curr.convert.run_conversion import Conversion, progress_bar
 from megatron_curr.convert.safetensors_out import write_safetensors
 from megatron_curr.convert.source import (
+    AVERAGED,
     MODEL_FILE,
+    NO_AVERAGE,
     Source,
     Which,
     check_stored,
@@ -75,11 +77,11 @@ def open_video_source(path: Path, *, which: Which = "raw", trust_pickle: bool = 
         source = Source(path, open_stored(path), model, 0, ARCHITECTURE)
     else:
         run, checkpoint = find_run(path)
-        return Source(
-            checkpoint, open_weights(checkpoint, which), run.recipe.model, 0, None, run=run
-        )
+        weights = open_weights(checkpoint, which)
+        made_by = AVERAGED if which == "ema" else None
+        return Source(checkpoint, weights, run.recipe.model, 0, None, run=run, made_by=made_by)
     if which == "ema":
-        raise CheckpointError(f"{path}: is no run, so it has no average; leave --weights out")
+        raise CheckpointError(NO_AVERAGE.format(path=path))
     return source
 
 
@@ -98,14 +100,27 @@ def convert_video(
     dit.pt for a checkpoint and a checkpoint for the rest. Raises a ``UserError`` and leaves nothing
     behind when anything is wrong.
     """
-    check_empty(output)
-    cast = read_dtype(dtype)
     source = open_video_source(path, which=which, trust_pickle=trust_pickle)
+    to = to or ("mugv" if isinstance(source.weights, StoredTensors) else "checkpoint")
+    return convert_video_source(source, output, to=to, dtype=dtype)
+
+
+def video_pieces(source: Source) -> tuple[Piece, ...]:
+    """Every tensor of the published model; raises ``CheckpointError`` if weights differ."""
     pieces = tuple(mugv_pieces(source.model))
     if isinstance(source.weights, StoredTensors):
         check_stored(source.weights, pieces, source.model)
-    to = to or ("mugv" if isinstance(source.weights, StoredTensors) else "checkpoint")
-    plan = {"source": str(source.path.resolve()), "to": to, "dtype": dtype, "weights": which}
+    return pieces
+
+
+def convert_video_source(
+    source: Source, output: Path, *, to: Target, dtype: str | None = None
+) -> Conversion:
+    """As ``convert_video``, of what is open already."""
+    check_empty(output)
+    cast = read_dtype(dtype)
+    pieces = video_pieces(source)
+    plan = source.plan(to=to, dtype=dtype)
     total = sum(piece.num_values * source.weights.dtype(piece.stored).itemsize for piece in pieces)
     with (
         written_beside(output, plan) as folder,
@@ -134,7 +149,7 @@ def _write(
     dtype: torch.dtype | None,
     on_bytes: Callable[[int], None],
 ) -> int:
-    """A few rows at a time, or for a checkpoint a tensor; returns the bytes of all values."""
+    """A few rows at a time; returns the bytes of what was written."""
     weights, model = source.weights, source.model
     if to == "mugv":
         return write_dit_file(weights, pieces, folder / DIT_FILE, dtype=dtype, on_bytes=on_bytes)

@@ -27,7 +27,8 @@ def video_first_weights(
     """
     if recipe.init_from is None:
         return None
-    source = open_video_source(Path(recipe.init_from.partition(":")[2]))
+    kind, _, name = recipe.init_from.partition(":")
+    source = open_video_source(Path(name), which="ema" if kind == "ema" else "raw")
     wanted = model_section(recipe.model)
     for name, value in model_section(source.model).items():
         if wanted[name] != value and name != "max_text_tokens":  # of which no weight depends

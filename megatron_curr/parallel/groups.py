@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,24 @@ class Groups:
     device: torch.device
     pg_collection: ProcessGroupCollection
     """Handed to megatron-core's constructors and schedules."""
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """``torch.distributed`` with this process alone, as megatron-core's modules and loader want it.
+
+    Where it is initialised already, raises ``RuntimeError`` unless this process is all there is.
+    """
+    if dist.is_initialized():
+        if dist.get_world_size() != 1:
+            raise RuntimeError("this is done in a process of its own, on one rank")
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def build_groups(parallel: Parallel, *, seed: int = 1234) -> Groups:

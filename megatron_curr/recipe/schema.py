@@ -121,9 +121,10 @@ class Recipe(RunRecipe):
 
     init_from: str | None = Field(
         None,
-        pattern=r"^(hf|checkpoint):.+",
-        description="First weights: hf:FOLDER of a published model, or checkpoint:FOLDER of one "
-        "converted or merged; moments begin at zero. Default: drawn from the seed",
+        pattern=r"^(hf|checkpoint|ema):.+",
+        description="First weights: hf:FOLDER of a published model, checkpoint:FOLDER of a run or "
+        "of a converted or merged model, ema:FOLDER for a run's moving average; moments begin at "
+        "zero. Default: drawn from the seed",
     )
     init_new_tokens: Literal["mean", "random"] | None = Field(
         None,

@@ -82,9 +82,9 @@ class VideoRecipe(RunRecipe):
 
     init_from: str | None = Field(
         None,
-        pattern=r"^checkpoint:.+",
-        description="First weights: checkpoint:FOLDER of a run, or of a converted model; moments "
-        "begin at zero. Default: drawn from the seed",
+        pattern=r"^(checkpoint|ema):.+",
+        description="First weights: checkpoint:FOLDER of a run or of a converted model, ema:FOLDER "
+        "for a run's moving average; moments begin at zero. Default: drawn from the seed",
     )
     model: VideoDiT
     data: VideoData

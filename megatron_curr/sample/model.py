@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 import megatron_curr.parallel  # noqa: F401  (stand-ins come before megatron-core)
 from megatron_curr.convert.source import find_run
@@ -20,9 +19,10 @@ from megatron_curr.convert.stored import StoredTensors, open_stored
 from megatron_curr.errors import CheckpointError
 from megatron_curr.models.video_dit import VideoDiT, build_video_dit_chunks
 from megatron_curr.parallel.full_tensors import named_full_parameters
-from megatron_curr.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_curr.parallel.groups import Groups, build_groups, destroy_groups, one_rank
 from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.video_schema import VideoRecipe
+from megatron_curr.training.checkpoint_folder import list_checkpoints
 from megatron_curr.training.optimizer_state import AVERAGE
 
 Weights = Literal["auto", "ema", "raw"]
@@ -43,15 +43,21 @@ class TrainedModel:
 def trained_model(path: Path, *, weights: Weights = "auto") -> Iterator[TrainedModel]:
     """The model of a run's newest checkpoint, or of the checkpoint that ``path`` names.
 
-    ``auto`` takes the average where the run kept one. Raises ``CheckpointError`` for a run of text,
-    a checkpoint of another model, and an average that was not kept.
+    ``auto`` takes the average where the run kept one. Raises ``CheckpointError`` for a folder that
+    is not there, a run of text, a checkpoint of another model, and an average that was not kept.
     """
+    if not path.is_dir():
+        known = ", ".join(other.name for other in list_checkpoints(path.parent))
+        raise CheckpointError(
+            f"{path}: no such folder; "
+            + (f"beside it are {known}" if known else "give a run of video, or its checkpoint")
+        )
     run, checkpoint = find_run(path)
     recipe = run.recipe
     if not isinstance(recipe, VideoRecipe):
         raise CheckpointError(f"{path}: is a run of text; sample needs one of video")
     stored, kind = _choose(checkpoint, weights)
-    with _one_rank():
+    with one_rank():
         parallel = Parallel(micro_batch_tokens=recipe.parallel.micro_batch_tokens)
         groups = build_groups(parallel)
         try:
@@ -87,18 +93,3 @@ def _fill(model: VideoDiT, stored: StoredTensors) -> None:
                 f"{tuple(parameter.shape)}; was it saved with another recipe?"
             )
         parameter.copy_(stored.read(name))
-
-
-@contextmanager
-def _one_rank() -> Iterator[None]:
-    """``torch.distributed`` with this process alone, as megatron-core's modules want it."""
-    if dist.is_initialized():
-        if dist.get_world_size() != 1:
-            raise CheckpointError("sampling runs in a process of its own, on one rank")
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

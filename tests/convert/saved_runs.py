@@ -39,7 +39,14 @@ def write_corpus(folder: Path) -> Tokenizer:
 
 
 def save_run(
-    corpus: Path, run: Path, *, tp: int = 1, pp: int = 1, precision: str = "fp32", **model: object
+    corpus: Path,
+    run: Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    precision: str = "fp32",
+    ema_decay: float | None = None,
+    **model: object,
 ) -> Path:
     """A run folder whose one checkpoint holds random weights of this model; returns the run."""
     values = recipe_values(corpus, run)
@@ -49,7 +56,7 @@ def save_run(
         pipeline_model_parallel_size=pp,
         sequence_parallel=tp > 1,
     )
-    values["training"]["precision"] = precision
+    values["training"].update(precision=precision, ema_decay=ema_decay)
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     run_ranks(_save, tp * pp, str(run))

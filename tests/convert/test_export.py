@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from megatron_curr.cli import main
 from megatron_curr.convert.export import Export, export
 from megatron_curr.convert.run_conversion import run_conversion
 from megatron_curr.convert.source import open_source
@@ -142,6 +143,24 @@ def test_a_bf16_run_exports_as_it_is_stored(corpus: Path, tmp_path: Path) -> Non
     run = save_run(corpus, tmp_path / "run", precision="bf16")
     assert export_run(run, tmp_path / "hf").dtype == "bfloat16"
     assert largest_difference(tmp_path / "hf", run) < 1e-5
+
+
+def test_the_moving_average_is_exported_where_asked_for(corpus: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = save_run(corpus, tmp_path / "run", tp=2, ema_decay=0.9)
+    for which in ("raw", "ema"):
+        assert main(["convert", str(run), str(tmp_path / which), "--weights", which]) == 0
+    raw, average = (load_file(tmp_path / which / "model.safetensors") for which in ("raw", "ema"))
+    assert raw.keys() == average.keys()
+    for name, found in average.items():  # it is what the weights were before vectors were moved
+        if found.dim() == 1:
+            assert not torch.equal(found, raw[name])
+            assert torch.equal(found, torch.ones_like(found))
+        else:
+            assert torch.equal(found, raw[name])
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "moving average of the trained weights" in card
 
 
 def test_config_serves_transformers_4_and_5(plain_run: Path, tmp_path: Path) -> None:

@@ -136,5 +136,8 @@ def test_the_kind_of_folder_is_checked(published: Path, tmp_path: Path) -> None:
         first_weights(recipe, vocab_size=VOCAB_SIZE)
     recipe = recipe_of(tmp_path, published, init_from=f"checkpoint:{tmp_path / 'converted'}")
     assert first_weights(recipe, vocab_size=VOCAB_SIZE)
+    recipe = recipe_of(tmp_path, published, init_from=f"ema:{tmp_path / 'converted'}")
+    with pytest.raises(CheckpointError, match="is no run, so it has no average"):
+        first_weights(recipe, vocab_size=VOCAB_SIZE)
     with pytest.raises(RecipeError, match="init_from"):
         recipe_of(tmp_path, published, init_from=str(published))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.convert import PeakMemory
 from megatron_curr.convert.export import export
 from megatron_curr.convert.merge import Method, merge
 from megatron_curr.convert.run_conversion import convert_source, run_conversion
@@ -22,8 +25,6 @@ Tensors = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three Llamas of one shape; the second as a checkpoint."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("three")
     save_toy("llama2", folder / "0")
     for number in (1, 2):
@@ -87,6 +88,30 @@ def test_a_merge_may_be_a_checkpoint_and_says_what_it_is(three: list[Path], tmp_
     direct = merged(three, tmp_path / "direct", method="average")
     ours = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(ours[name], direct[name]) for name in direct)
+
+
+@pytest.mark.parametrize("to", ["hf", "checkpoint"])
+def test_memory_is_that_of_blocks_and_not_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Literal["hf", "checkpoint"]
+) -> None:
+    monkeypatch.setattr("megatron_curr.convert.files_out.BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr("megatron_curr.convert.merge._VALUES_AT_ONCE", 1 << 18)
+    save_toy("qwen2", tmp_path / "big")
+    tensors = load_file(tmp_path / "big" / "model.safetensors")
+    table = torch.ones(1 << 20, 32)
+    tensors["model.embed_tokens.weight"] = table
+    save_file(tensors, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "big" / "config.json").read_text())
+    (tmp_path / "big" / "config.json").write_text(json.dumps(config | {"vocab_size": len(table)}))
+    weight_bytes = table.nbytes
+    del tensors, table
+
+    source = merge([open_source(tmp_path / "big")] * 3, method="average", by=1.0)
+    with PeakMemory() as memory:
+        convert_source(source, tmp_path / "out", to=to, verify=False)
+    assert memory.most - memory.first < weight_bytes / 3
+    found = open_source(tmp_path / "out").weights.read("embedding.word_embeddings.weight")
+    assert found.shape == (1 << 20, 32) and bool((found == 1).all())
 
 
 def test_other_numbers_and_other_models_are_refused(three: list[Path], tmp_path: Path) -> None:

@@ -149,7 +149,24 @@ def test_average_that_was_not_kept_is_refused(folder: Path, tmp_path: Path) -> N
         open_video_source(tmp_path / "checkpoint", which="ema")
 
 
-def weights_are(rank: int, run: Path, kept: Path) -> None:
+def test_first_weights_may_be_the_average(folder: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path / "run", "one", init_from=f"ema:{folder / 'tp2pp2'}")
+    run_ranks(weights_are, 1, tmp_path / "run", folder / "one.pt", "ema")
+
+
+def test_runs_are_averaged(folder: Path, tmp_path: Path) -> None:
+    runs = [str(folder / layout) for layout in LAYOUTS]
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), *runs, "--to", "checkpoint"])
+    assert done.exit_code == 0, done.output
+    convert(tmp_path / "out", tmp_path / "mugv")
+    found = torch.load(tmp_path / "mugv" / "dit.pt", weights_only=True)
+    assert same(found, published(folder, "raw"))
+    (tmp_path / "text").mkdir()
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "no"), *runs, str(tmp_path / "text")])
+    assert "is a video model and others are not" in str(done.exception)
+
+
+def weights_are(rank: int, run: Path, kept: Path, which: str = "raw") -> None:
     from megatron_curr.models.video_dit import build_video_dit_chunks
     from megatron_curr.parallel.full_tensors import full_parameters
     from megatron_curr.parallel.groups import build_groups
@@ -162,7 +179,7 @@ def weights_are(rank: int, run: Path, kept: Path) -> None:
     fill = video_first_weights(recipe)
     assert fill is not None
     fill(chunks, groups)
-    expected = torch.load(kept)["raw"]
+    expected = torch.load(kept)[which]
     found = full_parameters(chunks, groups)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
