@@ -74,12 +74,14 @@ def run_rank(work: Callable[[Place], None], *, failures: Path | None) -> NoRetur
 
 def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> None:
     from megatron_curr.training.life import begin_life
+    from megatron_curr.training.local_copy import local_folder
     from megatron_curr.training.preflight import prepare
 
     recipe = load_recipe(options.recipe, options.overrides)
     meeting = recipe.folder / "incarnations"
     try:
         prepared = prepare(recipe, place.world_size)
+        node_local = local_folder(options.node_local) if options.node_local else None
     except UserError as error:
         if place.finds_others_by_slurm and place.rank != 0:
             excuse(place, meeting, error)
@@ -90,7 +92,12 @@ def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> N
     with life.recording() if life else nullcontext():
         join(place, options.rendezvous, meeting_folder=meeting)
         train_prepared(
-            prepared, place, life=life, signals=signals, stop_at_tokens=options.stop_at_tokens
+            prepared,
+            place,
+            life=life,
+            signals=signals,
+            stop_at_tokens=options.stop_at_tokens,
+            node_local=node_local,
         )
 
 
@@ -101,9 +108,11 @@ def train_prepared(
     life: Life | None,
     signals: StopSignals,
     stop_at_tokens: int | None = None,
+    node_local: Path | None = None,
 ) -> None:
     """Train among ranks that have met already, as part of the incarnation rank 0 has claimed.
 
+    Checkpoints go through ``node_local``, a folder on this node's own disk, where one is given.
     Raises what ends the run other than its end. Nothing is collective after a failure.
     """
     import torch
@@ -137,11 +146,22 @@ def train_prepared(
         for change in prepared.changes if place.rank == 0 else ():
             log.info("changed since the last start: %s", change)
         with _watched(life, log_path, prepared.recipe, signals):
-            _train_watched(prepared, life, signals=signals, stop_at_tokens=stop_at_tokens)
+            _train_watched(
+                prepared,
+                life,
+                signals=signals,
+                stop_at_tokens=stop_at_tokens,
+                node_local=node_local,
+            )
 
 
 def _train_watched(
-    prepared: Prepared, life: Life, *, signals: StopSignals, stop_at_tokens: int | None
+    prepared: Prepared,
+    life: Life,
+    *,
+    signals: StopSignals,
+    stop_at_tokens: int | None,
+    node_local: Path | None,
 ) -> None:
     import torch.distributed as dist
 
@@ -151,13 +171,14 @@ def _train_watched(
     from megatron_curr.training.node_checks import check_nodes
 
     write_nodes(life)
-    check_nodes(prepared, life)
+    check_nodes(prepared, life, node_local=node_local)
     with build_run(
         prepared,
         life=life,
         signals=signals,
         stop_at_tokens=stop_at_tokens,
         first_weights=first_weights(prepared.recipe, vocab_size=prepared.vocab_size),
+        node_local=node_local,
     ) as run:
         train(run)
         dist.barrier()
@@ -217,6 +238,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--stop-at", dest="stop_at_tokens", type=int)
+    parser.add_argument(
+        "--node-local", help="folder on each node's own disk, of this run alone; may name variables"
+    )
     parser.add_argument("--rendezvous", help="file:// address where local ranks meet")
     parser.add_argument("--failures", type=Path, help="folder in which a failing rank says why")
     parser.add_argument("--parent", type=int, help="process whose death ends this one")

@@ -40,7 +40,7 @@ def decide(records: Sequence[Record], rules: Rules) -> Decision:
     same = _repeats(records)
     if len(same) > 1:
         story = f"step {last.step} ended {len(same)} times with {last.cause}"
-        if same[-1].resumed_step < same[0].resumed_step:
+        if last.resumed_step < max(record.resumed_step for record in same):
             return Decision(False, f"{story}, from an older checkpoint, too: {last.detail}")
         return Decision(True, f"{story}: {last.detail}", goes_back=True)
     fruitless = _fruitless(records)

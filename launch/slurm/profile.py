@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.load import load_section
@@ -44,6 +44,16 @@ TimeLimit = Annotated[
     int, BeforeValidator(parse_time_limit), Field(gt=0), WithJsonSchema({"type": "string"})
 ]
 OneLine = Annotated[str, Field(pattern=_ONE_LINE, min_length=1)]
+
+
+def absolute_on_a_node(value: str) -> str:
+    """A path that is absolute, or becomes so by a variable of the node; ``ValueError`` else."""
+    if not value.startswith(("/", "$")):
+        raise ValueError(
+            f"{value!r} is no absolute path; begin it with / or with a variable that every node "
+            "sets, such as $TMPDIR"
+        )
+    return value.rstrip("/")
 
 
 class Container(Section):
@@ -105,6 +115,11 @@ class Profile(Section):
     )
     shared_folders: list[OneLine] = Field(
         [], description="Where every node sees the same files; a run folder must lie in one"
+    )
+    node_local: Annotated[OneLine, AfterValidator(absolute_on_a_node)] | None = Field(
+        None,
+        description="On each node's own disk, such as $TMPDIR: a save is written there first and "
+        "carried to the run folder from there",
     )
     write_gib_per_s: float | None = Field(
         None,

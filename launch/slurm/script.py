@@ -40,7 +40,15 @@ def render_script(submission: Submission, profile: Profile) -> str:
         folder=submission.folder,
         code=submission.code,
         container=container_words(profile.container, run_folder, has_gpus=has_gpus),
+        arguments=_arguments(submission, profile),
     )
+
+
+def _arguments(submission: Submission, profile: Profile) -> str:
+    """What the ranks' program is told besides its recipe; variables are the node's, not ours."""
+    if profile.node_local is None:
+        return ""
+    return " " + shlex.join(["--node-local", f"{profile.node_local}/{submission.name}"])
 
 
 def container_words(container: Container | None, folder: Path, *, has_gpus: bool) -> dict[str, str]:

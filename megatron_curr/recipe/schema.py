@@ -72,11 +72,6 @@ class Checkpoint(Section):
     every_tokens: PositiveTokens
     keep_last: int = Field(2, gt=0)
     keep_every_tokens: PositiveTokens | None = Field(None, description="Keep one of these for ever")
-    node_local: str | None = Field(
-        None,
-        description="Folder on each node's own disk, such as $TMPDIR: a save is written there "
-        "first, then copied to the run folder",
-    )
 
 
 class Evaluation(Section):

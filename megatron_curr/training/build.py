@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -60,11 +61,12 @@ def build_run(
     signals: StopSignals,
     stop_at_tokens: int | None = None,
     first_weights: FirstWeights | None = None,
+    node_local: Path | None = None,
 ) -> Run:
     """This rank's run, standing at the newest intact checkpoint, or at token 0. Collective.
 
-    ``torch.distributed`` is initialised, the folder is claimed. The caller closes the run.
-    ``first_weights`` fills this rank's chunks where there is no checkpoint yet.
+    ``torch.distributed`` is initialised, the folder is claimed. The caller closes the run. Where
+    there is no checkpoint, ``first_weights`` fills the chunks; saves go through ``node_local``.
     """
     life.enter("load")
     recipe, folder = prepared.recipe, prepared.folder
@@ -78,6 +80,7 @@ def build_run(
         pg_collection=groups.pg_collection,
         settings=recipe.checkpoint,
         pen=life.pen,
+        node_local=node_local,
         finish_weights=lambda: finish_param_gather(chunks),
     )
     state, passed_over = checkpointer.load_newest()

@@ -76,11 +76,13 @@ class Checkpointer:
         pg_collection: Any,
         settings: Checkpoint,
         pen: Pen | None = None,
+        node_local: Path | None = None,
         finish_weights: Callable[[], None] = lambda: None,
     ) -> None:
         """``chunks`` are the unwrapped model chunks of this rank; ``folder`` is checkpoints/.
 
         ``pen`` is the incarnation's; without one, whoever calls is alone with the folder.
+        ``node_local`` is a folder on this node's own disk through which a save goes.
         ``finish_weights`` is called before weights are saved; where updated weights are gathered
         late, it waits for them.
         """
@@ -90,6 +92,7 @@ class Checkpointer:
         self._optimizer = optimizer
         self._pg_collection = pg_collection
         self._settings = settings
+        self._node_local = node_local
         self._finish_weights = finish_weights
         self._pending: _Pending | None = None
         self._validated = False
@@ -120,7 +123,7 @@ class Checkpointer:
             self._sharded_state(state),
             state_json=state.to_json(),
             validate=not self._validated,
-            node_local=self._settings.node_local,
+            node_local=self._node_local,
         )
         self._validated = True  # the sharding cannot change while the run lives
         share.start()

@@ -111,17 +111,14 @@ class RankSave:
         *,
         state_json: str,
         validate: bool,
-        node_local: str | None = None,
+        node_local: Path | None = None,
     ) -> None:
         """Collective: all ranks plan together. ``sharded_state`` also holds the plain values.
 
-        ``node_local`` is a folder of this node in which to write first; it may name variables.
+        ``node_local`` is a folder on this node's own disk in which to write first.
         """
         self.folder = folder
-        self._local: Path | None = None
-        if node_local is not None:
-            place = f"{folder.name}-{os.getpid()}.distcp"
-            self._local = Path(os.path.expandvars(node_local)) / place
+        self._local = node_local and node_local / f"{folder.name}-{os.getpid()}.distcp"
         self._state_json = state_json
         sharded, self._common = save_preprocess(sharded_state, validate_access_integrity=validate)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)

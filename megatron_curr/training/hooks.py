@@ -108,7 +108,10 @@ class StopOnNonFinite(Quiet):
         if run.nonfinite_in_a_row < self._limit:
             return
         if run.checkpointer.is_pending:
-            run.checkpointer.publish()
+            report = run.checkpointer.publish()
+            if report.error is None:
+                run.saved = (report.state.step, report.state.consumed_tokens)
+        run.write_beat()
         raise NonFiniteLimit(
             f"stopped at step {run.step}, {run.consumed_tokens} consumed tokens: the loss or the "
             f"gradient was not finite in {run.nonfinite_in_a_row} steps in a row "

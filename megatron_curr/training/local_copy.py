@@ -12,10 +12,41 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
+from megatron_curr.errors import RecipeError
 from megatron_curr.training.checkpoint_folder import file_record
+
+
+def local_folder(wanted: str) -> Path:
+    """The folder of this run on this node's own disk, with the node's variables filled in.
+
+    Raises ``RecipeError`` where that gives no absolute path.
+    """
+    folder = Path(os.path.expandvars(wanted))
+    if not folder.is_absolute():
+        raise RecipeError(
+            f"node_local of the profile: {wanted} is {folder} on {socket.gethostname()}, which is "
+            "not absolute; set its variable in setup or environment, or name the folder itself"
+        )
+    return folder
+
+
+def local_fault(folder: Path) -> str:
+    """Make the folder, without what ranks that were killed left in it; why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.distcp"):
+            left.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def carry(source: Path, target: Path) -> dict[str, object]:

@@ -28,6 +28,7 @@ from megatron_curr.plan.model_size import num_parameters
 from megatron_curr.recipe.load import dump_recipe
 from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training.life import Life, RunFailed
+from megatron_curr.training.local_copy import local_fault
 from megatron_curr.training.preflight import Prepared
 from megatron_curr.training.run import library_versions
 from megatron_curr.units import format_bytes, format_duration
@@ -67,6 +68,7 @@ class NodeReport:
     recipe: str  # fingerprints
     code: str
     gpu_fault: str = ""
+    local_fault: str = ""  # of the disk through which checkpoints go
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Fault:
     detail: str
 
 
-def check_nodes(prepared: Prepared, life: Life) -> None:
+def check_nodes(prepared: Prepared, life: Life, *, node_local: Path | None = None) -> None:
     """Compare all nodes. Collective; raises ``BadNode`` on every rank."""
     began_s = time.monotonic()
     token = [os.urandom(8).hex()]
@@ -99,6 +101,7 @@ def check_nodes(prepared: Prepared, life: Life) -> None:
             recipe=_digest([dump_recipe(prepared.recipe).encode()]),
             code=code_fingerprint(),
             gpu_fault=_gpu_fault(),
+            local_fault=local_fault(node_local) if node_local else "",
         )
     told: list[NodeReport | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, report)
@@ -145,6 +148,9 @@ def find_faults(reports: Sequence[NodeReport], *, needed_bytes: int) -> list[Fau
                 f"run folder; {format_bytes(LEAST_WRITE_BYTES_PER_S)} is the least")  # fmt: skip
         if report.gpu_fault:
             add("gpu", report.gpu_fault)
+        if report.local_fault:
+            add("node-local", f"its own disk takes no checkpoint: {report.local_fault}; mend that, "
+                "or change node_local of the profile")  # fmt: skip
     if (free_bytes := min(report.free_bytes for report in reports)) < needed_bytes:
         text = f"the run folder's disk has {format_bytes(free_bytes)} free, two checkpoints need "
         text += f"{format_bytes(needed_bytes)}; free some, or move run_folder"

@@ -75,8 +75,9 @@ def test_a_step_that_dies_twice_of_one_cause_is_tried_from_an_older_checkpoint_o
     decision = decide([death(resumed_step=5), again], RULES)
     assert decision.goes_on and decision.goes_back
     older = death(resumed_step=3, resumed_tokens=300)
-    decision = decide([death(resumed_step=5), again, older], RULES)
-    assert not decision.goes_on and "from an older checkpoint, too" in decision.why
+    for first in (death(resumed_step=5), death(resumed_step=0)):
+        decision = decide([first, again, older], RULES)
+        assert not decision.goes_on and "from an older checkpoint, too" in decision.why
 
 
 def test_other_causes_other_steps_and_requests_to_end_are_no_repetition() -> None:

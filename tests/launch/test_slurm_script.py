@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -74,6 +75,7 @@ def test_shipped_profiles_load_and_render(name: str) -> None:
     options = options_of(script)
     assert f"--partition={loaded.values.partition}" in options
     assert ("--requeue" in options) == (by == "requeue") != ("--no-requeue" in options)
+    assert shlex.join(["--node-local", f"{loaded.values.node_local}/demo-1234"]) in script
     for variable, value in loaded.values.environment.items():
         assert f"export {variable}={value}" in script
 
@@ -134,6 +136,16 @@ def test_torchrun_is_one_task_a_node_and_is_warned_by_the_signal_it_passes_on(
     assert '--node-rank="$SLURM_PROCID"' in script and "--nproc-per-node=4" in script
 
 
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_nodes_own_disk_is_named_to_the_ranks_who_fill_in_the_variables(
+    launcher: str, tmp_path: Path
+) -> None:
+    script = script_of(load(tmp_path, launcher=launcher, node_local="$TMPDIR/x/"))
+    told = "launch.worker \"$MEGATRON_CURR_RECIPE\" --node-local '$TMPDIR/x/demo-1234'\n"
+    assert told in script
+    assert "--node-local" not in script_of(load(tmp_path, launcher=launcher))
+
+
 def test_containers_mount_the_run_folder(tmp_path: Path) -> None:
     container = {"engine": "pyxis", "image": "i.sqsh", "mounts": ["/data:/data:ro"]}
     script = script_of(load(tmp_path, container=container, host_python="/usr/bin/python3.11"))
@@ -154,6 +166,7 @@ def test_containers_mount_the_run_folder(tmp_path: Path) -> None:
         ({"launcher": "mpirun"}, ":6: launcher: found 'mpirun'; must be 'srun' or 'torchrun'"),
         ({"container": {"engine": "pyxis"}}, "container.image: missing; give it: A squashfs"),
         ({"setup": ["a\nb"]}, "setup.0: found 'a\\nb'"),
+        ({"node_local": "scratch"}, ":6: node_local: 'scratch' is no absolute path; begin it with"),
     ],
 )
 def test_mistakes_in_a_profile_are_told_with_their_line(

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from launch.slurm.submission import events
+from launch.slurm.submission import events, submissions
 from megatron_curr.incarnation.record import Incarnation, Record, incarnations
 from tests.training.runs import rows
 
@@ -153,6 +153,14 @@ class SlurmRun:
     def wait_for_end(self) -> float:
         """Until the chain says that it is over."""
         return self._wait(lambda: bool(self.events) and self.events[-1]["what"] == "stop", "end")
+
+    def stopped(self) -> dict[str, Any]:
+        """What ``status`` says of it when the chain is over and its last job has gone."""
+        self.wait_for_end()
+        name = submissions(self.folder)[-1].name
+        self._wait(lambda: not self.cluster("exec", "squeue", "-h", "-n", name).strip(), "job")
+        status: dict[str, Any] = json.loads(self.cluster.command("status", self.folder, "--json"))
+        return status
 
     def rank(self, number: int, rank: int) -> tuple[int, int]:
         """(node, process id there) of a rank of an incarnation, from the head of its log."""

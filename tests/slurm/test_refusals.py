@@ -25,7 +25,7 @@ def refusal(run: SlurmRun, *options: object) -> str:
     ("profile", "expected"),
     [
         ({"partition": "bach"}, ":7: partition: the cluster has no partition 'bach'; did you mean"),
-        ({"nodes": 8}, "nodes: 8 nodes are wanted (spares included) and partition batch has 6"),
+        ({"nodes": 16}, "nodes: 16 nodes are wanted (spares included) and partition batch has 9"),
         ({"options": ["--no-such-option"]}, "sbatch --parsable: sbatch: unrecognized option"),
     ],
 )

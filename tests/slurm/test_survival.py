@@ -1,43 +1,36 @@
 """Runs on a real Slurm, broken in every way it knows; each must be the run that nothing broke.
 
-Three runs go on side by side, since most of the time is spent waiting for Slurm to notice. What a
+Four runs go on side by side, since most of the time is spent waiting for Slurm to notice. What a
 run went through is written down by its driver and judged by the tests.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_curr.curriculum.ledger import ledger_schedule, read_ledger
-from tests.slurm.cluster import Cluster, SlurmRun, wait_until
-from tests.slurm.conftest import amended_curriculum
+from megatron_curr.training.checkpoint_folder import find_fault
+from tests.slurm.cluster import Cluster, SlurmRun
+from tests.slurm.drivers import (
+    Story,
+    by_own_disks,
+    go_back_into_the_queue,
+    lose_disks_then_diverge,
+    lose_nodes,
+    run_on_all_nodes_then_on_half,
+    run_out_of_time_and_leave_a_zombie,
+)
 from tests.slurm.toy import STEPS, write_toy
 from tests.training.runs import rows
 
 Rows = list[dict[str, Any]]
-
-
-@dataclass
-class Story:
-    """A run that is over, and how long it took from each fault to the next step."""
-
-    run: SlurmRun
-    recovery_s: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def recover(self, fault: str, number: int) -> None:
-        """Wait for the start after a fault, and note the time."""
-        self.recovery_s[fault] = round(self.run.wait_for_start(number), 1)
-        print(json.dumps({"fault": fault, "recovery_s": self.recovery_s[fault]}), flush=True)
+_AT_ONCE = 4
 
 
 @pytest.fixture(scope="module")
@@ -49,128 +42,11 @@ def stories(
         "nodes": lose_nodes,
         "slices": run_out_of_time_and_leave_a_zombie,
         "widths": run_on_all_nodes_then_on_half,
+        "requeued": go_back_into_the_queue,
+        "hopeless": lose_disks_then_diverge,
     }
-    with ThreadPoolExecutor(len(drivers)) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield {name: pool.submit(drive, cluster, corpus, folder) for name, drive in drivers.items()}
-
-
-def lose_nodes(cluster: Cluster, corpus: Path, folder: Path) -> Story:
-    """Two nodes and a spare: a rank, the controller, a preemption, an amendment, a node, a link."""
-    run = SlurmRun(
-        cluster,
-        write_toy(corpus, folder / "nodes"),
-        partition="scavenge",
-        spares=1,
-        options=["--exclude=node3,node4"],
-    )
-    story = Story(run)
-    run.submit("--until-done")
-    run.wait_for_step(6)
-    run.signal(1, 1, "KILL")
-    story.recover("kill -9 of a rank", 2)
-
-    run.wait_for_step(10)
-    run.hold(2)  # else a quiet machine is through before the controller is back
-    cluster("restart")
-    amended = amended_curriculum(corpus, folder / "nodes")
-    recipe = write_toy(corpus, folder / "nodes", curriculum=amended)
-    story.facts["amend"] = cluster.command("amend", run.folder, recipe)
-    run.let_go(2)
-    run.wait_for_step(18)
-    run.hold(2)
-    boss = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null"]
-    node, _ = run.rank(2, 1)
-    cluster("exec", *boss, f"--nodelist=node{node}", "--wrap=sleep 1")
-    # A preemption wakes them up: its warning comes with a SIGCONT, as that of the time limit does.
-    story.recover("preemption", 3)
-
-    run.wait_for_step(26)
-    pen = run.start_of(3).pen  # type: ignore[union-attr]
-    node, _ = run.rank(3, 1)
-    wait_until(lambda: _is_saving(pen), "a save to begin")
-    cluster("poweroff", node)
-    story.recover("power-off in a save, spare held", 4)
-    run.hold(4)
-    cluster("boot", node)
-    cluster.wait_for_node(node, "idle")
-    run.let_go(4)
-
-    run.wait_for_step(44)
-    node, _ = run.rank(4, 0)  # with the batch script
-    cluster("cut", node)
-    story.recover("network cut", 5)
-    cluster("heal", node)
-    run.wait_for_end()
-    return story
-
-
-def run_out_of_time_and_leave_a_zombie(cluster: Cluster, corpus: Path, folder: Path) -> Story:
-    """One node of two, two ranks: the time limit, then a slurmd that dies without its ranks.
-
-    Ranks that are stopped take no step while Slurm is slow; after they go on they have no way to
-    know what happened meanwhile but the run folder.
-    """
-    run = SlurmRun(
-        cluster,
-        write_toy(corpus, folder / "slices"),
-        nodes=1,
-        ranks_per_node=2,
-        options=["--exclude=node0,node1,node2"],
-    )
-    story = Story(run)
-    run.submit("--until-done")
-    run.wait_for_step(8)
-    warned = run.newest
-    run.hold(warned)
-    shorten_time_limit(cluster, run.events[-1]["job_id"])
-    # Slurm's early warning wakes them up: it comes with a SIGCONT.
-    story.recover("time limit", warned + 1)
-
-    run.wait_for_step(24)
-    stale = run.newest
-    node = run.hold(stale)
-    cluster("crash", node)
-    story.recover("slurmd killed, ranks live on", stale + 1)
-    run.let_go(stale)
-    zombie = run.start_of(stale)
-    assert zombie is not None
-    wait_until(lambda: len(zombie.endings) == 2, "the stale ranks to end")
-    story.facts |= {"warned": warned, "stale": stale}
-    story.facts["last words"] = [ending.cause for ending in zombie.endings]
-    run.wait_for_end()
-    cluster("respawn", node)
-    return story
-
-
-def shorten_time_limit(cluster: Cluster, job_id: str) -> None:
-    """To one or two minutes from now: the warning of 60 s before the end is due within a minute."""
-    text = cluster("exec", "scontrol", "show", "job", job_id, "--oneliner")
-    hours, minutes = re.findall(r"RunTime=(\d+):(\d+):", text)[0]
-    limit = 60 * int(hours) + int(minutes) + 2
-    cluster("exec", "scontrol", "update", f"jobid={job_id}", f"TimeLimit={limit}")
-
-
-def _is_saving(pen: Path) -> bool:
-    """Whether a checkpoint grows in the pen, and has files already."""
-    try:
-        return any(any(grown.iterdir()) for grown in pen.iterdir() if grown.name.startswith("step"))
-    except OSError:  # it has just been published
-        return False
-
-
-def run_on_all_nodes_then_on_half(cluster: Cluster, corpus: Path, folder: Path) -> Story:
-    """Two nodes by two ranks, cancelled, and submitted again on one node."""
-    run = SlurmRun(cluster, write_toy(corpus, folder / "widths"), ranks_per_node=2)
-    story = Story(run)
-    job_id = run.submit()
-    run.wait_for_step(12)
-    cluster("exec", "scancel", job_id)
-    wait_until(lambda: cluster.state_of(job_id) == "CANCELLED", "the job to go")
-    time.sleep(1)
-    run.submit("--nodes", 1)
-    story.recover("scancel, submitted on half the nodes", 2)
-    run.wait_for_end()
-    return story
 
 
 def assert_unbroken(story: Story, expected: Rows, *, to_the_bit: bool) -> None:
@@ -192,6 +68,11 @@ def assert_unbroken(story: Story, expected: Rows, *, to_the_bit: bool) -> None:
     name = "train/loss_nats_per_token"
     for mine, theirs in zip(found, expected, strict=True):
         assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def all_rows(run_folder: Path) -> Rows:
+    """With what a clock says."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def causes(story: Story) -> list[str]:
@@ -226,16 +107,67 @@ def test_time_limit_goes_on_in_the_next_job_and_a_zombie_is_fenced(
     assert ends[stale].nodes != ends[stale + 1].nodes
 
 
+def test_a_requeued_job_goes_on_under_its_number(
+    stories: dict[str, Future[Story]], undisturbed: Rows
+) -> None:
+    story = stories["requeued"].result()
+    assert_unbroken(story, undisturbed, to_the_bit=True)
+    first, second = story.run.records
+    assert first.cause.startswith("signal") and second.cause == "complete"
+    assert first.job_id == second.job_id
+    assert (first.restart, second.restart, second.lost_tokens) == (0, 1, 0)
+    assert [event["what"] for event in story.run.events].count("job") == 1
+
+
+def test_nodes_that_fail_are_left_out_for_a_while_and_a_chain_without_progress_stops(
+    stories: dict[str, Future[Story]],
+) -> None:
+    story = stories["hopeless"].result()
+    first, second = story.run.records[:2]
+    assert first.cause == second.cause == "preflight:node-local"
+    assert {*first.bad_nodes, *second.bad_nodes} == {"node7", "node8"}
+    status = story.facts["disks"]["state"]
+    assert status.startswith("stopped: 2 starts in a row made no checkpoint, the last: ")
+    assert f"{second.nodes[0]}: its own disk takes no checkpoint: [Errno 20]" in status
+    jobs = [event for event in story.run.events if event["what"] == "job"]
+    (ban,) = [event for event in story.run.events if event["what"] == "exclude"]
+    assert ban["nodes"].split(",")[-1] == first.nodes[0] and ban["of"] == second.job_id
+    assert jobs[-1]["excluded"] == ""  # the failures are forgotten
+
+
+def test_a_step_that_dies_every_time_is_tried_from_an_older_checkpoint_and_then_left(
+    stories: dict[str, Future[Story]],
+) -> None:
+    story = stories["hopeless"].result()
+    ends = story.run.records[2:]
+    assert [(end.step, end.cause) for end in ends] == [(20, "nonfinite")] * 3
+    assert [(end.resumed_step, end.saved_step) for end in ends] == [(0, 16), (16, 16), (8, 16)]
+    assert len({end.job_id for end in ends}) == 1
+    (back,) = [event for event in story.run.events if event["what"] == "went back"]
+    assert back["to"] == "step_00000008"
+    status = story.facts["diverged"]["state"]
+    assert status.startswith("stopped: step 20 ended 3 times with nonfinite, from an older check")
+    checkpoints = story.run.folder / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {
+        "latest", "left-step_00000016", "step_00000008", "step_00000016",
+    }  # fmt: skip
+    assert find_fault(checkpoints / "step_00000016") is None
+    # It came by way of the node's own disk, where nothing is left.
+    resumed = next(row for row in all_rows(story.run.folder) if row.get("step") == 9)
+    copies = story.facts["copies"]
+    assert copies.stat().st_mtime > resumed["time_s"] and not list(copies.iterdir())
+
+
 def test_half_the_nodes_take_over(stories: dict[str, Future[Story]], undisturbed: Rows) -> None:
     story = stories["widths"].result()
     assert_unbroken(story, undisturbed, to_the_bit=False)
     assert [record.num_ranks for record in story.run.records] == [4, 2]
 
 
-@pytest.mark.parametrize(("launcher", "nodes", "ranks"), [("torchrun", 2, 1), ("srun", 4, 2)])
+@pytest.mark.parametrize(("launcher", "num_nodes", "ranks"), [("torchrun", 2, 1), ("srun", 4, 2)])
 def test_clean_run_is_the_local_run(
     launcher: str,
-    nodes: int,
+    num_nodes: int,
     ranks: int,
     cluster: Cluster,
     corpus: Path,
@@ -248,17 +180,22 @@ def test_clean_run_is_the_local_run(
     run = SlurmRun(
         cluster,
         write_toy(corpus, folder / launcher),
-        nodes=nodes,
+        nodes=num_nodes,
         ranks_per_node=ranks,
         launcher=launcher,
+        **by_own_disks(cluster),
     )
     run.submit()
     run.wait_for_end()
     story = Story(run)
     assert causes(story) == ["complete"]
-    assert_unbroken(story, undisturbed, to_the_bit=nodes * ranks == 2)
+    assert_unbroken(story, undisturbed, to_the_bit=num_nodes * ranks == 2)
     (start,) = [event for event in run.events if event["what"] == "start"]
-    switches = [int(node[-1]) % 2 for node in start["nodes"].split(",")]
+    nodes = start["nodes"].split(",")
+    switches = [int(node[-1]) % 2 for node in nodes]
     assert switches == sorted(switches)  # odd nodes hang off another switch than even ones
+    name = story.run.records[0].chain.partition("/")[0]
+    copies = {node: cluster.folder / "local" / node / "copies" / name for node in nodes}
+    assert not any(file for folder in copies.values() for file in folder.iterdir())
     status = json.loads(cluster.command("status", run.folder, "--json"))
     assert status["state"] == "finished" and status["step"] == STEPS

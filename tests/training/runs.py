@@ -41,13 +41,21 @@ class Runs:
         ranks: int = 1,
         changes: dict[str, Any] | None = None,
         stop_at_tokens: int | None = None,
+        node_local: Path | None = None,
     ) -> Path:
         """Start or resume run ``name``; returns its folder."""
-        run_ranks(train_rank, ranks, str(self.recipe(name, changes)), ranks, stop_at_tokens)
+        recipe = self.recipe(name, changes)
+        run_ranks(train_rank, ranks, str(recipe), ranks, stop_at_tokens, node_local)
         return self.folder / name
 
 
-def train_rank(rank: int, recipe: str, ranks: int, stop_at_tokens: int | None) -> None:
+def train_rank(
+    rank: int,
+    recipe: str,
+    ranks: int,
+    stop_at_tokens: int | None,
+    node_local: Path | None = None,
+) -> None:
     """What ``launch.worker`` does once the ranks have met."""
     from launch.meeting import Place
     from launch.worker import train_prepared
@@ -59,7 +67,14 @@ def train_rank(rank: int, recipe: str, ranks: int, stop_at_tokens: int | None) -
     place = Place(rank, ranks, rank, ranks)
     prepared = prepare(load_recipe(recipe), ranks)
     life = begin_life(prepared.folder, world_size=ranks) if rank == 0 else None
-    train_prepared(prepared, place, life=life, signals=StopSignals(), stop_at_tokens=stop_at_tokens)
+    train_prepared(
+        prepared,
+        place,
+        life=life,
+        signals=StopSignals(),
+        stop_at_tokens=stop_at_tokens,
+        node_local=node_local,
+    )
 
 
 def within_step(step: int, action: Callable[[], None]) -> None:

@@ -102,16 +102,32 @@ def test_no_intact_checkpoint_is_an_error_that_loses_nothing(runs: Runs) -> None
 
 def test_a_save_by_way_of_the_nodes_own_disk_is_the_same(runs: Runs, tmp_path: Path) -> None:
     local = tmp_path / "scratch"
+    local.mkdir()
+    (local / "step_00000002-7.distcp").write_text("left by a rank that was killed")
     plain = runs.train("plain", ranks=2, stop_at_tokens=1024)
-    run = runs.train(
-        "local", ranks=2, changes={"checkpoint.node_local": str(local)}, stop_at_tokens=1024
-    )
+    run = runs.train("local", ranks=2, stop_at_tokens=1024, node_local=local)
     assert newest_tensors(run) == newest_tensors(plain)
     assert find_fault(list_checkpoints(run / "checkpoints")[-1]) is None
-    assert local.is_dir() and list(local.iterdir()) == []
-    blocked = {"checkpoint.node_local": str(runs.corpus / "tokenizer.model")}
+    assert list(local.iterdir()) == []  # carried, and gone
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert local.stat().st_mtime > first["time_s"]  # it was there
+    with pytest.raises(RankError, match=r"BadNode: .*its own disk takes no checkpoint: .*File exi"):
+        runs.train("local", ranks=2, node_local=runs.corpus / "tokenizer.model")
     with pytest.raises(RankError, match=r"SaveFailed: .*FileExistsError"):
-        runs.train("local", ranks=2, changes=blocked, stop_at_tokens=2048)
+        run_ranks(train_while_a_disk_goes, 2, str(runs.recipe("local")), local)
+    assert newest_tensors(run) == newest_tensors(plain)
+
+
+def train_while_a_disk_goes(rank: int, recipe: str, local: Path) -> None:
+    """Of a run that stands at step 4 and saves at step 8."""
+
+    def replace_it_by_a_file() -> None:
+        local.rmdir()
+        local.touch()
+
+    if rank == 0:
+        within_step(5, replace_it_by_a_file)
+    train_rank(rank, recipe, 2, 2048, local)
 
 
 def test_retention_keeps_the_last_ones_and_one_for_every_so_many_tokens(runs: Runs) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_curr.errors import RecipeError
 from tests.ranks import run_ranks
 from tests.training.runs import Runs
 
@@ -39,6 +40,9 @@ def test_every_fault_names_its_node() -> None:
         "disk-speed": ({"write_bytes_per_s": 1e4}, "writes 9.77 KiB a second"),
         "disk": ({"disk_fault": "No space left on device"}, "cannot be written: No space left"),
         "gpu": ({"gpu_fault": "GPU 3 multiplies wrongly"}, "GPU 3 multiplies wrongly"),
+        "node-local": ({"local_fault": "Read-only file system"},
+                       "its own disk takes no checkpoint: Read-only file system; mend that, or "
+                       "change node_local of the profile"),
         "versions": ({"versions": {"torch": "2.12", "numpy": "2"}}, "node2 against 3 others "
                      "(torch 2.12 there)"),
         "recipe": ({"recipe": "x"}, "the recipe differ"),
@@ -54,6 +58,18 @@ def test_every_fault_names_its_node() -> None:
     assert "1 TiB free, two checkpoints need 2 TiB" in full.detail
     torn = [good[0], replace(good[1], recipe="x")]
     assert [fault.nodes for fault in find_faults(torn, needed_bytes=0)] == [()]  # who is right?
+
+
+def test_a_folder_on_the_nodes_own_disk_is_found_by_the_nodes_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron_curr.training.local_copy import local_folder
+
+    monkeypatch.setenv("NODE_DISK", "/raid")
+    assert local_folder("$NODE_DISK/${NODE_DISK}x/run-1") == Path("/raid//raidx/run-1")
+    monkeypatch.delenv("NODE_DISK")
+    with pytest.raises(RecipeError, match=r"node_local .*: \$NODE_DISK/run-1 is \$NODE_DISK/"):
+        local_folder("$NODE_DISK/run-1")
 
 
 def check_three_nodes(rank: int, recipes: list[str]) -> None:
