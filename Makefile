@@ -4,6 +4,7 @@
 #   make demo-video   make clips, train a video model on them, sample from it (five and a half minutes)
 #   make test     the test suite on the CPU
 #   make slurm    install slurm-wlm (Debian, root), for the tests that start a cluster of their own
+#   make dali     install NVIDIA DALI (424 MB), for the tests that decode with it on the CPU
 #   make test-slurm   these tests alone
 #   make check    lint, types and the shape of the repository
 #   make bench    the measurements behind docs/
@@ -14,6 +15,7 @@
 
 PYTHON ?= python3.11
 TORCH_INDEX ?=
+BENCH_FOLDER ?= /tmp/megatron_curr_bench
 PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-video test slurm test-slurm check format bench clean
+.PHONY: help venv demo demo-video test slurm dali test-slurm check format bench clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -52,6 +54,9 @@ slurm:
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2
 
+dali: $(STAMP)
+	$(PIP_INSTALL) --no-build-isolation --editable ".[dali]"
+
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10 tests/slurm
 
@@ -68,6 +73,12 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.data_engine
 	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.context_attention
+	$(BIN)/python -m benchmarks.video_balance
+	$(BIN)/python -m benchmarks.published_plans
+	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.preprocess --folder $(BENCH_FOLDER) --corpus-mb 300
+	$(BIN)/python -m benchmarks.convert --folder $(BENCH_FOLDER)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -58,7 +58,6 @@ setup(
         "torch>=2.7,<3",
         "transformers>=4.56,<6",
         "typer>=0.15",
-        "zstandard>=0.22",
     ],
     extras_require={
         "fast": ["fastokens>=0.3.5", "gigatoken>=0.10"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from data_tools.formats import FORMATS, Format, Row, Span, format_of, open_rows, parts_of
 from megatron_curr.errors import DataError
 
+_NAMED_FILES = 8
 _LONGEST_UNIT = 4  # times the size asked for: small files are grouped by chance, see _ends_unit
 
 
@@ -32,6 +33,13 @@ class Unit:
     @property
     def num_bytes(self) -> int:
         return sum(span.num_bytes for span in self.spans)
+
+    @property
+    def name(self) -> str:
+        """The files, as a message names them."""
+        files = list(dict.fromkeys(span.file for span in self.spans))
+        more = len(files) - _NAMED_FILES
+        return ", ".join(files[:_NAMED_FILES]) + (f" and {more:,} files more" if more > 0 else "")
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:

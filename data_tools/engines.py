@@ -8,6 +8,7 @@ A text in which a special token is typed always goes to the reference.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -128,9 +129,8 @@ class GuardedEngine(Engine):
         self.name = fast.name
         self._fast = fast
         self._reference = ReferenceEngine(tokenizer, allow_special=special_tokens == "allow")
-        self._special = tuple(filter(None, tokenizer.special_tokens))
-        # Looking for two characters that many share is cheap; most texts have none of them.
-        self._hints = tuple({token[:2] for token in self._special})
+        special = map(re.escape, filter(None, tokenizer.special_tokens))
+        self._special = re.compile("|".join(special) or r"(?!)")  # or one that matches nothing
         self._forbid = special_tokens == "error"
 
     def encode(self, texts: Sequence[str]) -> Flat:
@@ -146,9 +146,8 @@ class GuardedEngine(Engine):
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
 
     def _typed(self, text: str) -> str | None:
-        if not any(hint in text for hint in self._hints):
-            return None
-        return next((token for token in self._special if token in text), None)
+        found = self._special.search(text)
+        return found and found[0]
 
 
 def _rows(flat: Flat) -> list[NDArray[np.integer[Any]]]:

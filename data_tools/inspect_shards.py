@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.document_table import table_path, table_schema
-from megatron_curr.data.idx_format import bin_path, idx_path
-from megatron_curr.data.manifest import Manifest, read_manifest
+from megatron_curr.data.idx_format import bin_path, idx_path, masked_path
+from megatron_curr.data.manifest import Manifest, ShardRecord, read_manifest
 from megatron_curr.data.shards import Shard, ShardSet, open_shards
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
@@ -108,6 +109,8 @@ def inspect_shards(
         else None,
         rejected_rows=dict(manifest.options.get("rejected_rows", {})) if manifest else {},
     )
+    masked = [m for shard in shards.shards if (m := shard.masked_tokens) is not None]
+    found.masked_tokens = sum(int(counts.sum()) for counts in masked)
     found.histogram = _histogram(shards)
     _read_tables(shards, found)
     loaded = _tokenizer(tokenizer, manifest)
@@ -137,8 +140,7 @@ def _read_tables(shards: ShardSet, found: Inspection) -> None:
             continue
         with pq.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if name not in fixed]
-            for batch in file.iter_batches(columns=["masked_tokens", *names]):
-                found.masked_tokens += pc.sum(batch.column("masked_tokens")).as_py() or 0
+            for batch in file.iter_batches(columns=names):
                 for name in names:
                     for entry in pc.value_counts(batch.column(name)).to_pylist():
                         counts.setdefault(name, Counter())[entry["values"]] += entry["counts"]
@@ -181,8 +183,9 @@ def _samples(
 
 
 def faults_of(spec: Path) -> Iterator[str]:
-    """What is wrong with the shards, one line a file: size, header, order, or sha256 against the
-    manifest. Nothing where all is well. Raises ``DataError`` where they cannot even be opened."""
+    """What is wrong with the shards, one line a file: size, header, order, sha256 against the
+    manifest, or what carries no loss. Nothing where all is well. Raises ``DataError`` where they
+    cannot even be opened."""
     shards = open_shards(spec)
     records = {
         folder / record.name: record
@@ -192,25 +195,31 @@ def faults_of(spec: Path) -> Iterator[str]:
         for record in manifest.shards
     }
     for shard in shards.shards:
-        yield from _index_faults(shard)
-        record = records.get(shard.prefix)
-        if record is None:
+        faults = [*_index_faults(shard), *_changed_files(shard, records.get(shard.prefix))]
+        yield from faults or _masked_faults(shard)
+
+
+def _changed_files(shard: Shard, record: ShardRecord | None) -> Iterator[str]:
+    """Files that are not what the manifest says, where there is one."""
+    if record is None:
+        return
+    files = [
+        (bin_path(shard.prefix), record.bin_sha256),
+        (idx_path(shard.prefix), record.idx_sha256),
+        (masked_path(shard.prefix), record.masked_sha256),
+        (table_path(shard.prefix), record.table_sha256),
+    ]
+    for path, expected in files:
+        if not expected:
             continue
-        files = [
-            (bin_path(shard.prefix), record.bin_sha256),
-            (idx_path(shard.prefix), record.idx_sha256),
-        ]
-        if record.table_bytes:
-            files.append((table_path(shard.prefix), record.table_sha256))
-        for path, expected in files:
-            try:
-                with open(path, "rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                yield f"{path}: cannot be read ({error.strerror})"
-                continue
-            if found != expected:
-                yield f"{path}: sha256 {found[:16]}, but the manifest says {expected[:16]}"
+        try:
+            with open(path, "rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            yield f"{path}: cannot be read ({error.strerror})"
+            continue
+        if found != expected:
+            yield f"{path}: sha256 {found[:16]}, but the manifest says {expected[:16]}"
 
 
 def _index_faults(shard: Shard) -> Iterator[str]:
@@ -220,3 +229,24 @@ def _index_faults(shard: Shard) -> Iterator[str]:
         yield f"{idx_path(shard.prefix)}: documents do not follow each other"
     elif len(starts) and starts[-1] != shard.num_tokens:
         yield f"{idx_path(shard.prefix)}: documents end at {starts[-1]:,} of {shard.num_tokens:,}"
+
+
+def _masked_faults(shard: Shard) -> Iterator[str]:
+    """Tokens without loss that no document has, or that the document table counts otherwise."""
+    lengths = np.diff(shard.document_starts(0, shard.num_documents))
+    masked = np.zeros_like(lengths) if shard.masked_tokens is None else shard.masked_tokens
+    if (masked < 0).any() or (masked > lengths).any():
+        yield f"{masked_path(shard.prefix)}: masks more tokens than a document has"
+    table = table_path(shard.prefix)
+    if not table.is_file():
+        return
+    try:
+        told = pq.read_table(table, columns=["masked_tokens"]).column(0).to_numpy()
+    except (pa.ArrowException, OSError) as error:
+        yield f"{table}: cannot be read ({error})"
+        return
+    if not np.array_equal(told, masked):
+        yield (
+            f"{table}: says of {int(told.sum()):,} tokens that they carry no loss, but "
+            f"{masked_path(shard.prefix).name} masks {int(masked.sum()):,}; preprocess again"
+        )

@@ -52,7 +52,8 @@ def recut_shards(
     ]
     records = {}
     with Workers(num_workers, num_counters=1, preload=("data_tools.shard_cutter",)) as workers:
-        for number, result in workers.run(build_shard, plans):
+        done = workers.run(build_shard, plans, name_of=lambda plan: plan.prefix.name)
+        for number, result in done:
             if isinstance(result, Exception):
                 shutil.rmtree(staging, ignore_errors=True)
                 if isinstance(result, OSError) and result.errno in (errno.ENOSPC, errno.EDQUOT):

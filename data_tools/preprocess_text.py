@@ -8,13 +8,9 @@ tasks; then the shards, cut from the units in order. A killed run goes on from t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +23,11 @@ from data_tools.options import Options, RunSettings
 from data_tools.progress import ReadProgress
 from data_tools.publish import discard, make_shards, publish
 from data_tools.sampling import check_engine
+from data_tools.staging import SPLITS, check_free, locked, trouble_told
 from data_tools.unit_work import (
     COUNTERS,
     RECORD,
     REJECTS,
-    SPLITS,
     Job,
     UnitRecord,
     total_rejects,
@@ -47,7 +43,7 @@ from megatron_curr.units import format_bytes
 __all__ = ["Options", "RunSettings", "Summary", "preprocess"]
 _MIN_ROWS_TO_JUDGE = 1_000  # before that, a few bad rows at the start say little
 _LISTED = 5
-_UNIT_VERSION = 1  # of what a unit holds; units of another are made again
+_UNIT_VERSION = 2  # of what a unit holds; units of another are made again
 _PRELOAD = ("data_tools.unit_work",)
 
 
@@ -170,21 +166,11 @@ def preprocess(
     if _is_done(run) and not overwrite:
         discard(run)
         return _summary(run, "already done")
-    _check_free(output, overwrite=overwrite)
-    try:
+    check_free(output, overwrite=overwrite)
+    with trouble_told(run.staging):
         run.unit_folder.mkdir(parents=True, exist_ok=True)
-        with _locked(run), progress:
+        with locked(run.staging, alone=run.settings.task is None), progress:
             return _carry_out(run)
-    except PermissionError as error:
-        raise DataError(f"{error.filename}: may not be read or written here") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"{run.staging}: the disk is full; nothing was published, what was finished is kept. "
-            "Free some space (shards and their making take about 1.2 bytes for each byte of text) "
-            "and run the same command again"
-        ) from error
 
 
 def _carry_out(run: Run) -> Summary:
@@ -230,7 +216,13 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
         run.progress.show(num_bytes, tokens, rejects)
         _check_rejects(run, rejects, documents + rejects)
 
-    for _, result in workers.run(work_on_unit, [(job, unit) for unit in units], on_tick=tick):
+    results = workers.run(
+        work_on_unit,
+        [(job, unit) for unit in units],
+        name_of=lambda task: task[1].name,
+        on_tick=tick,
+    )
+    for _, result in results:
         if isinstance(result, DamagedFile):
             run.damaged.append(str(result))
         elif isinstance(result, Exception):
@@ -304,36 +296,3 @@ def _is_done(run: Run) -> bool:
     if manifest is None or manifest.options.get("plan") != run.plan_key:
         return False
     return all(file.stat().st_mtime_ns <= made_at for file in run.files)
-
-
-def _check_free(output: Path, *, overwrite: bool) -> None:
-    """Refuse to touch a folder that is there, unless it is ours and was offered up."""
-    if not output.exists():
-        return
-    if not overwrite:
-        raise DataError(
-            f"{output}: already there, from other input or options; give another --output, or "
-            "--overwrite to replace it"
-        )
-    ours = any((output / name / FILE_NAME).is_file() for name in SPLITS)
-    if not ours and any(output.iterdir()):
-        raise DataError(f"{output}: holds other files than shards of ours; give another --output")
-
-
-@contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """Keep other runs out: array tasks share the folder, everything else has it alone."""
-    alone = run.settings.task is None
-    with open(run.staging / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{run.staging}: another run is at work in it; wait for it, or end it"
-            ) from None
-        except OSError:  # a file system without locks; two runs then only do some work twice
-            alone = False
-        if alone:
-            for left in run.unit_folder.glob("*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
-        yield

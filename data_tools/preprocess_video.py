@@ -10,36 +10,32 @@ on where it was, and workers and array tasks do not change a byte.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.progress import ReadProgress
-from data_tools.video_clips import REASONS, ClipMaker, ClipOptions, check_buckets
+from data_tools.staging import MANIFEST, SPLITS, check_free, locked, trouble_told
+from data_tools.video_clips import REASONS, ClipOptions
 from data_tools.video_frames import Bucket
 from data_tools.video_inputs import Item, find_items
+from data_tools.video_units import DONE, Unit, open_maker, unit_folder, write_unit
 from data_tools.workers import Workers
-from megatron_curr.data.codecs import load_codec
-from megatron_curr.data.text_features import load_text_encoder
-from megatron_curr.data.video_manifest import FILE_NAME, VideoManifest
-from megatron_curr.data.video_shards import INDEX
-from megatron_curr.data.video_writer import VideoFolderWriter, pack_sample
-from megatron_curr.durable import write_durably
+from megatron_curr.data.video_manifest import VideoManifest, read_video_manifest
+from megatron_curr.data.video_writer import VideoFolderWriter
+from megatron_curr.durable import write_once
 from megatron_curr.errors import DataError
 
-SPLITS = ("train", "heldout")
 REJECTS = "rejects.jsonl"
+JOB = "job.json"  # what the folder is made of: in the working folder, then in the output
 UNIT_FILES = 16
 TAR_BYTES = 1 << 30
 
@@ -60,8 +56,10 @@ class Job:
         first = unit * UNIT_FILES
         yield from enumerate(self.items[first : first + UNIT_FILES], start=first)
 
-    def fingerprint(self, maker: ClipMaker) -> str:
+    @property
+    def fingerprint(self) -> str:
         """Of everything but the place of the weights."""
+        maker = open_maker(self.buckets, self.options)
         content = {
             "items": [(str(item.path), item.caption) for item in self.items],
             "buckets": [asdict(bucket) for bucket in self.buckets],
@@ -75,10 +73,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run wrote; ``finished`` is false for one task of several."""
+    """What a run wrote; one task of several has no shards yet."""
 
     folder: Path
-    finished: bool
+    state: str  # "done", "already done" or "task done"
     files: int
     samples: Mapping[str, Mapping[str, int]]  # split -> bucket -> samples
     rejects: Mapping[str, int]
@@ -86,12 +84,14 @@ class Summary:
 
     def text(self) -> str:
         """What a person wants to know of the run, in a few lines."""
-        if not self.finished:
-            return f"{self.folder}: this task's units are done; --finish puts them together"
-        lines = []
+        lines = [] if self.state == "done" else [f"{self.folder}: {self.state}"]
         for split, buckets in self.samples.items():
             found = ", ".join(f"{count:,} {name}" for name, count in buckets.items())
             lines.append(f"{self.folder / split}: {found} samples")
+        held_out = self.samples.get("heldout", {})
+        unheld = [name for name in self.samples.get("train", {}) if not held_out.get(name)]
+        if unheld:
+            lines.append(f"nothing held out of {', '.join(unheld)}: --heldout-frac or more files")
         if self.rejects:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.items())
             lines.append(f"not taken: {reasons}; listed in {self.folder / REJECTS}")
@@ -112,67 +112,126 @@ def preprocess_video(
     file_field: str = "file",
     caption_field: str = "caption",
     workers: int = 1,
-    task: int = 0,
+    task: int | None = None,
     num_tasks: int = 1,
-    only_finish: bool = False,
+    finish: bool = False,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Summary:
     """Write the shards of one source.
 
-    A single task does it all. One of several does its units; once all have, a call with
-    ``only_finish`` puts them together.
+    Without ``task`` all of it is done. A task of several does its units; once all have, a call with
+    ``finish`` puts them together.
     Raises ``DataError`` for wrong input, units that are missing, buckets no sample fits, and a full
     disk, and ``WorkerDied``; what was finished is kept for the next run of the same command.
     """
     began_s = time.monotonic()
+    if task is not None and not 0 <= task < num_tasks:
+        raise DataError(f"--task {task}: must be from 0 to {num_tasks - 1} (--num-tasks)")
+    if task is not None and finish:
+        raise DataError("--task and --finish: give one; --finish comes after all tasks")
+    job = plan_job(
+        inputs,
+        buckets=buckets,
+        options=options,
+        file_field=file_field,
+        caption_field=caption_field,
+    )
+    staging = _staging_of(output)
+    if not open_staging(job, output, overwrite=overwrite):
+        return _summary(job, output, "already done", began_s)
+    with trouble_told(staging), locked(staging, alone=task is None):
+        if not finish:
+            units = range(task or 0, job.num_units, num_tasks if task is not None else 1)
+            _run_units(job, staging, units, workers, show=show_progress)
+        if task is None:
+            _finish(job, staging, output)
+    return _summary(job, output, "done" if task is None else "task done", began_s)
+
+
+def plan_job(
+    inputs: Sequence[Path],
+    *,
+    buckets: Sequence[Bucket],
+    options: ClipOptions | None = None,
+    file_field: str = "file",
+    caption_field: str = "caption",
+) -> Job:
+    """Find the files and check all that can be checked before one is opened."""
     items = find_items(inputs, file_field=file_field, caption_field=caption_field)
     job = Job(items, tuple(buckets), options or ClipOptions())
     if not job.buckets:
         raise DataError("no bucket: give --bucket NAME=HEIGHTxWIDTHxFRAMES or a recipe")
-    if not 0 <= task < num_tasks:
-        raise DataError(f"--task {task}: must be from 0 to {num_tasks - 1} (--num-tasks)")
-    maker = _maker(job.buckets, job.options)
-    staging = output.with_name(output.name + ".partial")
-    _check_free(output, overwrite=overwrite)
-    _open_staging(staging, job.fingerprint(maker), overwrite=overwrite)
+    open_maker(job.buckets, job.options)
+    return job
+
+
+def open_staging(job: Job, output: Path, *, overwrite: bool) -> bool:
+    """Make the working folder, or go on in one of the same job; False where nothing is left to do.
+
+    Raises ``DataError`` where other things are in the way.
+    """
+    staging = _staging_of(output)
+    mark = staging / JOB
+    if not overwrite and _is_done(job, output):
+        shutil.rmtree(staging, ignore_errors=True)
+        return False
+    check_free(output, overwrite=overwrite)
+    if overwrite and staging.exists() and not mark.is_file() and any(staging.iterdir()):
+        raise DataError(f"{staging}: holds other files than ours; give another --output")
+    content = json.dumps({"fingerprint": job.fingerprint}) + "\n"
+    with trouble_told(staging):
+        if mark.is_file() and mark.read_text() != content:
+            if not overwrite:
+                raise DataError(
+                    f"{staging}: left by a run with other inputs or options; --overwrite drops it"
+                )
+            with locked(staging, alone=True):
+                shutil.rmtree(staging)
+        (staging / "units").mkdir(parents=True, exist_ok=True)
+        if not mark.is_file():
+            write_once(mark, content)  # tasks start together
+    return True
+
+
+def _is_done(job: Job, output: Path) -> bool:
+    """Whether the output was made by just this job, and no input was touched since."""
     try:
-        if not only_finish:
-            units = range(task, job.num_units, num_tasks)
-            _run_units(job, staging, units, workers, show=show_progress)
-        if only_finish or num_tasks == 1:
-            manifests, rejects = _finish(job, maker, staging, output)
-        else:
-            manifests, rejects = {}, Counter()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"{staging}: the disk is full; free some space and run the same command again, it goes "
-            "on where it was"
-        ) from error
+        found = json.loads((output / JOB).read_bytes())
+        made_at = (output / JOB).stat().st_mtime_ns
+    except (OSError, ValueError):
+        return False
+    if found != {"fingerprint": job.fingerprint}:
+        return False
+    paths = (item.path for item in job.items)
+    return all(path.stat().st_mtime_ns <= made_at for path in paths if path.exists())
+
+
+def _staging_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _summary(job: Job, output: Path, state: str, began_s: float) -> Summary:
+    manifests = {}
+    if state != "task done":
+        folders = {split: output / split for split in SPLITS}
+        manifests = {
+            split: read_video_manifest(folder)
+            for split, folder in folders.items()
+            if (folder / MANIFEST).is_file()
+        }
+    counts = next((manifest.options["not_taken"] for manifest in manifests.values()), {})
     return Summary(
         folder=output,
-        finished=bool(manifests),
-        files=len(items),
+        state=state,
+        files=len(job.items),
         samples={
             split: {name: bucket.num_samples for name, bucket in manifest.buckets.items()}
             for split, manifest in manifests.items()
         },
-        rejects={reason: rejects[reason] for reason in REASONS if rejects[reason]},
+        rejects={reason: counts[reason] for reason in REASONS if reason in counts},
         elapsed_s=time.monotonic() - began_s,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What a worker is handed: a few files of a job, and where their samples go."""
-
-    number: int
-    items: Sequence[tuple[int, Item]]
-    buckets: tuple[Bucket, ...]
-    options: ClipOptions
-    staging: Path
 
 
 def _run_units(job: Job, staging: Path, numbers: range, workers: int, *, show: bool) -> None:
@@ -180,7 +239,7 @@ def _run_units(job: Job, staging: Path, numbers: range, workers: int, *, show: b
     units = [
         Unit(number, tuple(job.items_of(number)), job.buckets, job.options, staging)
         for number in numbers
-        if not (_unit_folder(staging, number) / "done.json").is_file()
+        if not (unit_folder(staging, number) / DONE).is_file()
     ]
     sizes = [
         sum(item.path.stat().st_size for _, item in unit.items if item.path.exists())
@@ -189,73 +248,26 @@ def _run_units(job: Job, staging: Path, numbers: range, workers: int, *, show: b
     title = f"preprocess-video {staging.stem}"
     with (
         ReadProgress(title, sum(sizes), show=show) as progress,
-        Workers(workers, num_counters=0, preload=["data_tools.video_clips"]) as pool,
+        Workers(workers, num_counters=0, preload=["data_tools.video_units"]) as pool,
     ):
-        for number, done in pool.run(write_unit, units):
+        for number, done in pool.run(write_unit, units, name_of=Unit.name):
             if isinstance(done, Exception):
                 raise done
             progress.advance(num_bytes=sizes[number], **done)
 
 
-@lru_cache(maxsize=1)
-def _maker(buckets: tuple[Bucket, ...], options: ClipOptions) -> ClipMaker:
-    """Opens codec and encoder, once a process; raises ``DataError`` for buckets that do not fit."""
-    codec = load_codec(options.codec)
-    check_buckets(buckets, codec)
-    encoder = load_text_encoder(options.text_encoder)
-    if torch := sys.modules.get("torch"):  # not everything needs it, and it is slow to import
-        torch.set_num_threads(1)  # cores are the workers', and sums depend on their number
-    return ClipMaker(codec, encoder, buckets, options)
-
-
-def write_unit(unit: Unit, counters: object) -> dict[str, int]:
-    """Write one unit under a name of its own and rename it; what the progress counts."""
-    folder = _unit_folder(unit.staging, unit.number)
-    partial = folder.with_name(f"{folder.name}.{os.uname().nodename}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    maker = _maker(unit.buckets, unit.options)
-    numbers = {bucket.name: number for number, bucket in enumerate(unit.buckets)}
-    rows = {split: [np.empty(0, INDEX)] for split in SPLITS}
-    rejects: list[dict[str, object]] = []
-    not_in_bucket: Counter[tuple[str, str]] = Counter()
-    latents = 0
-    for split in SPLITS:
-        (partial / f"{split}.body").touch()
-    for number, item in unit.items:
-        result = maker.samples_of(item, number)
-        rejects += result.rejects
-        not_in_bucket += result.not_in_bucket
-        split = "heldout" if result.is_held_out else "train"
-        with open(partial / f"{split}.body", "ab") as stream:
-            for sample in result.samples:
-                body, row = pack_sample(sample, numbers[sample.bucket])
-                row["offset"] += stream.tell()
-                stream.write(body)
-                rows[split].append(row)
-                latents += sample.latents_CTYX[0].size
-    for split in SPLITS:
-        np.save(partial / f"{split}.npy", np.concatenate(rows[split]), allow_pickle=False)
-    counts = [[*place, count] for place, count in sorted(not_in_bucket.items())]
-    record = {"rejects": rejects, "not_in_bucket": counts}
-    write_durably(partial / "done.json", json.dumps(record, ensure_ascii=False) + "\n")
-    os.rename(partial, folder)
-    return {"tokens": latents, "rejects": len(rejects)}
-
-
-def _finish(
-    job: Job, maker: ClipMaker, staging: Path, output: Path
-) -> tuple[dict[str, VideoManifest], Counter[str]]:
+def _finish(job: Job, staging: Path, output: Path) -> None:
     """String the units together and let the folder appear."""
-    folders = [_unit_folder(staging, unit) for unit in range(job.num_units)]
-    missing = [n for n, folder in enumerate(folders) if not (folder / "done.json").is_file()]
+    maker = open_maker(job.buckets, job.options)
+    folders = [unit_folder(staging, unit) for unit in range(job.num_units)]
+    missing = [n for n, folder in enumerate(folders) if not (folder / DONE).is_file()]
     if missing:
         shown = ", ".join(map(str, missing[:8]))
         raise DataError(
             f"{staging}: {len(missing)} of {len(folders)} units are not done ({shown}); run every "
             "--task first (unit modulo --num-tasks is its task)"
         )
-    done = [json.loads((folder / "done.json").read_bytes()) for folder in folders]
+    done = [json.loads((folder / DONE).read_bytes()) for folder in folders]
     rejects = [reject for unit in done for reject in unit["rejects"]]
     counts = Counter(str(reject["reason"]) for reject in rejects)
     building = staging / "finished"
@@ -283,12 +295,16 @@ def _finish(
                 "not_taken": dict(sorted(counts.items())),
             },
         )
-    _check_filled(manifests.get("train"), job, counts, done)
+    try:
+        _check_filled(manifests.get("train"), job, counts, done)
+    except DataError:
+        shutil.rmtree(staging)  # what mends it makes another job of it
+        raise
     with open(building / REJECTS, "w", encoding="utf-8") as listing:
         listing.writelines(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
+    shutil.copy2(staging / JOB, building / JOB)  # its time is the start of the run
     _publish(building, output)
     shutil.rmtree(staging, ignore_errors=True)
-    return manifests, counts
 
 
 def _check_filled(
@@ -308,40 +324,6 @@ def _check_filled(
             f"not one of {len(job.items):,} files gives a training sample ({found or 'held out'}): "
             "take the bucket out, or give files that fit"
         )
-
-
-def _unit_folder(staging: Path, unit: int) -> Path:
-    return staging / "units" / f"{unit:06d}"
-
-
-def _open_staging(staging: Path, fingerprint: str, *, overwrite: bool) -> None:
-    """Make the working folder, or go on in one of the same job."""
-    mark = staging / "job.json"
-    if overwrite and staging.exists() and not mark.is_file() and any(staging.iterdir()):
-        raise DataError(f"{staging}: holds other files than ours; give another --output")
-    found = json.loads(mark.read_bytes())["fingerprint"] if mark.is_file() else None
-    if found not in (None, fingerprint):
-        if not overwrite:
-            raise DataError(
-                f"{staging}: left by a run with other inputs or options; --overwrite drops it"
-            )
-        shutil.rmtree(staging)
-    (staging / "units").mkdir(parents=True, exist_ok=True)
-    if not mark.is_file():
-        write_durably(mark, json.dumps({"fingerprint": fingerprint}) + "\n")
-
-
-def _check_free(output: Path, *, overwrite: bool) -> None:
-    """Refuse to touch a folder that is there, unless it is ours and was offered up."""
-    if not output.exists():
-        return
-    if not overwrite:
-        raise DataError(
-            f"{output}: already there; give another --output, or --overwrite to replace it"
-        )
-    ours = any((output / name / FILE_NAME).is_file() for name in SPLITS)
-    if not ours and any(output.iterdir()):
-        raise DataError(f"{output}: holds other files than shards of ours; give another --output")
 
 
 def _publish(building: Path, output: Path) -> None:

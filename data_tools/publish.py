@@ -17,9 +17,10 @@ import orjson
 from data_tools.dedup import mark_duplicates
 from data_tools.document_table import table_path, table_schema
 from data_tools.shard_cutter import Part, ShardPlan, build_shard, cut
-from data_tools.unit_work import REJECTS, SPLITS, UnitRecord, total_rejects
+from data_tools.staging import SPLITS
+from data_tools.unit_work import REJECTS, UnitRecord, total_rejects
 from data_tools.workers import Workers
-from megatron_curr.data.idx_format import token_dtype
+from megatron_curr.data.idx_format import idx_path, token_dtype
 from megatron_curr.data.manifest import Manifest, ShardRecord, TokenizerRecord, write_manifest
 from megatron_curr.durable import sync_folder, write_durably
 
@@ -116,8 +117,14 @@ def _build(
     notes = folder.with_name(f"{folder.name}_records")
     notes.mkdir(exist_ok=True)
     paths = [notes / f"{plan.prefix.name}.json" for plan in plans]
-    todo = [number for number, path in enumerate(paths) if not path.is_file()]
-    for done, result in workers.run(build_shard, [plans[number] for number in todo]):
+    # A run killed while it tidied up left the records, but its shards are published by then.
+    made = [
+        path.is_file() and idx_path(plan.prefix).is_file()
+        for path, plan in zip(paths, plans, strict=True)
+    ]
+    todo = [number for number, is_made in enumerate(made) if not is_made]
+    missing = [plans[number] for number in todo]
+    for done, result in workers.run(build_shard, missing, name_of=lambda plan: plan.prefix.name):
         if isinstance(result, Exception):
             raise result
         write_durably(paths[todo[done]], json.dumps(asdict(result)))

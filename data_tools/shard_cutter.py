@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ from data_tools.document_table import TableWriter, read_rows, table_path
 from megatron_curr.data.idx_format import bin_path, read_header
 from megatron_curr.data.manifest import ShardRecord
 from megatron_curr.data.shard_writer import ShardWriter
-from megatron_curr.data.shards import Shard
+from megatron_curr.data.shards import open_shard
 
 _BLOCK_TOKENS = 8_000_000
 
@@ -84,11 +83,10 @@ def cut(parts: Sequence[Part], *, shard_tokens: int) -> list[tuple[Part, ...]]:
 
 def document_lengths(prefix: Path, first: int, end: int) -> NDArray[np.int64]:
     """Tokens of documents ``first`` to ``end`` of a shard."""
-    starts = Shard(prefix, read_header(prefix), None).document_starts(first, end)
-    return np.diff(starts)
+    return np.diff(open_shard(prefix).document_starts(first, end))
 
 
-def build_shard(plan: ShardPlan, counters: Any = None) -> ShardRecord:
+def build_shard(plan: ShardPlan, desk: object = None) -> ShardRecord:
     """Write one shard, and its document table; its record. Checks what it wrote."""
     plan.prefix.parent.mkdir(parents=True, exist_ok=True)
     with ShardWriter(plan.prefix, np.dtype(plan.dtype)) as writer:
@@ -112,8 +110,10 @@ def build_shard(plan: ShardPlan, counters: Any = None) -> ShardRecord:
 
 def _copy_documents(part: Part, writer: ShardWriter) -> NDArray[np.int64]:
     """Append the part's documents that stay; the length of each."""
-    shard = Shard(part.prefix, read_header(part.prefix), None)
+    shard = open_shard(part.prefix)
     kept = part.kept()
+    masked = shard.masked_tokens
+    masked = None if masked is None else masked[part.first : part.end]
     appended = []
     starts = shard.document_starts(part.first, part.end)
     for begin, stop in _blocks(starts):
@@ -125,10 +125,12 @@ def _copy_documents(part: Part, writer: ShardWriter) -> NDArray[np.int64]:
             offset=int(starts[begin]) * shard.dtype.itemsize,
         )
         lengths = np.diff(starts[begin : stop + 1])
+        leads = None if masked is None else masked[begin:stop]
         if kept is not None:
-            tokens = tokens[np.repeat(kept[begin:stop], lengths)]
-            lengths = lengths[kept[begin:stop]]
-        writer.add_documents(tokens, lengths)
+            stay = kept[begin:stop]
+            tokens, lengths = tokens[np.repeat(stay, lengths)], lengths[stay]
+            leads = None if leads is None else leads[stay]
+        writer.add_documents(tokens, lengths, masked=leads)
         appended.append(lengths)
     return np.concatenate([np.empty(0, np.int64), *appended])
 

@@ -1,4 +1,6 @@
-"""``preprocess --slurm-array N``: the same command as an array of tasks and a last, joining job."""
+"""``--slurm-array N`` of the verbs that preprocess: the same command as N tasks and a last job that
+joins what they made.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from launch.slurm.profile import load_profile
 def submit_tasks(
     command: Sequence[str], profile: Path, *, output: Path, num_tasks: int, cpus: int
 ) -> tuple[str | None, str | None]:
-    """Submit the tasks of a ``preprocess`` command, and the job that joins what they make.
+    """Submit the tasks of a command, and the job that joins what they make.
 
     ``OUTPUT.jobs`` gets what they print. Both job ids. Raises ``UserError`` for a profile that is
     wrong and where there is no Slurm or it refuses the job.
@@ -22,10 +24,13 @@ def submit_tasks(
     folder = output.with_name(output.name + ".jobs")
     # A task that has nothing left to do ends at once, so all are asked again: files may be mended.
     shutil.rmtree(folder, ignore_errors=True)
-    base = [loaded.python, "-m", "megatron_curr", *command, "--num-tasks", str(num_tasks)]
+    *shares, joining = [
+        [loaded.python, "-m", "megatron_curr", *words]
+        for words in commands_of(command, num_tasks=num_tasks)
+    ]
     name = f"preprocess-{output.name}"
     tasks = submit_array(
-        [[*base, "--task", str(number)] for number in range(num_tasks)],
+        shares,
         loaded,
         folder=folder / "tasks",
         name=name,
@@ -33,9 +38,15 @@ def submit_tasks(
         cpus=cpus,
     )
     finish = submit_array(
-        [[*base, "--finish"]], loaded, folder=folder / "finish", name=name, cpus=cpus, after=tasks
+        [joining], loaded, folder=folder / "finish", name=name, cpus=cpus, after=tasks
     )
     return tasks, finish
+
+
+def commands_of(command: Sequence[str], *, num_tasks: int) -> list[list[str]]:
+    """What each task types, and last what joins their work."""
+    shares = [["--task", str(number)] for number in range(num_tasks)]
+    return [[*command, "--num-tasks", str(num_tasks), *share] for share in (*shares, ["--finish"])]
 
 
 def without_options(command: Sequence[str], names: Sequence[str]) -> list[str]:

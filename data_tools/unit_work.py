@@ -27,7 +27,8 @@ from data_tools.documents import FILTERED, Document, Preparation
 from data_tools.engines import Engine, SpecialTokenFound, load_engine
 from data_tools.formats import open_rows
 from data_tools.options import Options
-from data_tools.workers import add_counts
+from data_tools.staging import SPLITS
+from data_tools.workers import Desk
 from megatron_curr.data.idx_format import token_dtype
 from megatron_curr.data.manifest import ShardRecord
 from megatron_curr.data.shard_writer import ShardWriter
@@ -35,11 +36,10 @@ from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.durable import sync_folder
 from megatron_curr.errors import DataError
 
-SPLITS = ("train", "heldout")
 RECORD = "unit.json"
 REJECTS = "rejects.jsonl"
-# Text tokenised at once: enough to keep an engine busy, little enough to stay in the cache.
-_BATCH_CHARS = 2_000_000
+# Text tokenised at once: gigatoken is 10 to 20 % faster so than by 2M or 60M characters.
+_BATCH_CHARS = 8_000_000
 COUNTERS = ("bytes", "tokens", "documents", "rejects")
 
 
@@ -146,7 +146,7 @@ def _tokenizer(path: str, sha256: str) -> Tokenizer:
     return tokenizer
 
 
-def warm_up(task: tuple[str, str], counters: Any) -> None:
+def warm_up(task: tuple[str, str], desk: Desk) -> None:
     """What a worker can do while the engine is still being chosen."""
     _tokenizer(*task)
 
@@ -159,7 +159,7 @@ def _tools(job: Job) -> tuple[Tokenizer, Engine, Preparation]:
     return tokenizer, engine, Preparation(job.options, tokenizer)
 
 
-def work_on_unit(task: tuple[Job, Unit], counters: Any) -> UnitRecord:
+def work_on_unit(task: tuple[Job, Unit], desk: Desk) -> UnitRecord:
     """Make one unit, unless it is there. Raises ``DataError`` and ``OSError``; leaves no half."""
     job, unit = task
     final = Path(job.folder) / unit.key
@@ -167,7 +167,7 @@ def work_on_unit(task: tuple[Job, Unit], counters: Any) -> UnitRecord:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        record = _write_unit(job, unit, partial, counters)
+        record = _write_unit(job, unit, partial, desk)
         record.write(partial / RECORD)
         for path in partial.iterdir():
             sync_folder(path)
@@ -183,7 +183,7 @@ def work_on_unit(task: tuple[Job, Unit], counters: Any) -> UnitRecord:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_unit(job: Job, unit: Unit, folder: Path, counters: Any) -> UnitRecord:
+def _write_unit(job: Job, unit: Unit, folder: Path, desk: Desk) -> UnitRecord:
     tokenizer, engine, preparation = _tools(job)
     dtype = token_dtype(tokenizer.vocab_size)
     reader = _Reader(unit, job.options, preparation)
@@ -198,13 +198,10 @@ def _write_unit(job: Job, unit: Unit, folder: Path, counters: Any) -> UnitRecord
                 if places:
                     tokens += side.add(places, engine, tokenizer.eod_id, preparation.meta_ids)
             rejects = sum(reader.rejects.values())
-            add_counts(
-                counters,
-                (reader.read_bytes - told_bytes, tokens, len(batch), rejects - told_rejects),
-            )
+            desk.add((reader.read_bytes - told_bytes, tokens, len(batch), rejects - told_rejects))
             told_bytes, told_rejects = reader.read_bytes, rejects
         shards = {split: side.finish() for split, side in sides.items()}
-    add_counts(counters, (unit.num_bytes - told_bytes, 0, 0, 0))
+    desk.add((unit.num_bytes - told_bytes, 0, 0, 0))
     return UnitRecord(reader.rows, unit.num_bytes, dict(reader.rejects), reader.filtered, shards)
 
 
@@ -243,7 +240,7 @@ class _Side:
             lengths = lengths + masked
         first = self._shard.num_documents
         starts = self._shard.num_tokens + np.cumsum(lengths) - lengths
-        self._shard.add_documents(ids, lengths)
+        self._shard.add_documents(ids, lengths, masked=masked)
         columns: dict[str, Any] = {
             "shard": [self._prefix.name] * len(places),
             "document": np.arange(first, first + len(places)),

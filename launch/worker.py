@@ -132,7 +132,9 @@ def train_prepared(
     )
     with life.recording():
         if place.rank == 0:
-            folder.write_records(prepared.recipe, prepared.ledger, life.pen)
+            folder.write_records(
+                prepared.recipe, prepared.ledger, life.pen, encoders=prepared.encoders
+            )
         dist.barrier()
         log_path = folder.rank_log(life.incarnation.number, place.rank)
         log_to_file(log_path, also_output=place.rank != 0)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from megatron_curr.cli.app import AsJson, app, count
+from megatron_curr.cli.work import (
+    WORK,
+    ClusterProfile,
+    Finish,
+    NumTasks,
+    NumWorkers,
+    SlurmArray,
+    TaskNumber,
+    option,
+    submit_here,
+    told_death,
+)
 
 Inputs = Annotated[
     list[str],
@@ -38,18 +47,12 @@ ShardTokens = Annotated[
     int, typer.Option(parser=count, metavar="TOKENS", help="Size of a shard, such as 500M.")
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
-_CORPUS, _CHANGE, _WORK = "Which documents", "What is done to them", "How the work is done"
+_CORPUS, _CHANGE = "Which documents", "What is done to them"
 
-
-def _option(panel: str, *names: str, **settings: Any) -> Any:
-    """An option of ``preprocess``, in its part of the help page."""
-    return typer.Option(*names, rich_help_panel=panel, **settings)
-
-
-TextField = Annotated[str, _option(_CORPUS, help="The field that holds the text.")]
+TextField = Annotated[str, option(_CORPUS, help="The field that holds the text.")]
 Metadata = Annotated[
     list[str] | None,
-    _option(
+    option(
         _CORPUS,
         metavar="NAME[:TYPE]",
         help="Keep this field in the document table, as str, int, float or bool.",
@@ -57,7 +60,7 @@ Metadata = Annotated[
 ]
 Filter = Annotated[
     str | None,
-    _option(
+    option(
         _CORPUS,
         "--filter",
         metavar="EXPRESSION",
@@ -65,19 +68,19 @@ Filter = Annotated[
     ),
 ]
 Deduplicate = Annotated[
-    bool, _option(_CORPUS, "--deduplicate", help="Keep the first of equal texts.")
+    bool, option(_CORPUS, "--deduplicate", help="Keep the first of equal texts.")
 ]
 MaxDocumentBytes = Annotated[
-    int, _option(_CORPUS, parser=count, metavar="BYTES", help="Reject longer texts.")
+    int, option(_CORPUS, parser=count, metavar="BYTES", help="Reject longer texts.")
 ]
 TextByLine = Annotated[
     bool,
-    _option(_CORPUS, "--text-by-line", help="A text file is a document a line, not one document."),
+    option(_CORPUS, "--text-by-line", help="A text file is a document a line, not one document."),
 ]
-MaxRejectFrac = Annotated[float, _option(_CORPUS, help="Stop when more rows than this are bad.")]
+MaxRejectFrac = Annotated[float, option(_CORPUS, help="Stop when more rows than this are bad.")]
 SpecialTokens = Annotated[
     str,
-    _option(
+    option(
         _CHANGE,
         metavar="text|allow|error",
         help="Special tokens typed in a text: plain text, tokens, or the end of the run.",
@@ -85,11 +88,11 @@ SpecialTokens = Annotated[
 ]
 Template = Annotated[
     str | None,
-    _option(_CHANGE, help="Make the text from fields: 'Q: {question} A: {answer}'."),
+    option(_CHANGE, help="Make the text from fields: 'Q: {question} A: {answer}'."),
 ]
 Normalize = Annotated[
     list[str] | None,
-    _option(
+    option(
         _CHANGE,
         metavar="nfc|nfkc|newlines|strip",
         help="Normalise the text; may be repeated.",
@@ -97,7 +100,7 @@ Normalize = Annotated[
 ]
 MetadataPrefix = Annotated[
     list[str] | None,
-    _option(
+    option(
         _CHANGE,
         metavar="FIELD",
         help="Set this field before the text, between <meta> and </meta>, without loss.",
@@ -105,39 +108,24 @@ MetadataPrefix = Annotated[
 ]
 ControlTokens = Annotated[
     str | None,
-    _option(
+    option(
         _CHANGE,
         metavar="BUCKETS",
         help="A token by score, such as 'quality: <|low|> 0.3 <|mid|> 0.7 <|high|>'.",
     ),
 ]
-NumWorkers = Annotated[int, _option(_WORK, min=1, help="Processes on this machine.")]
 EngineName = Annotated[
     str,
-    _option(_WORK, metavar="auto|reference|NAME", help="auto takes the fastest that is exact."),
+    option(WORK, metavar="auto|reference|NAME", help="auto takes the fastest that is exact."),
 ]
 UnitBytes = Annotated[
     int,
-    _option(
-        _WORK,
+    option(
+        WORK,
         parser=count,
         metavar="BYTES",
         help="Input that one worker takes at a time, and a kill loses at most.",
     ),
-]
-NumTasks = Annotated[int, _option(_WORK, min=1, help="Share the work among this many.")]
-TaskNumber = Annotated[
-    int | None, _option(_WORK, min=0, help="Do the share of this task only, counted from 0.")
-]
-Finish = Annotated[
-    bool, _option(_WORK, "--finish", help="Join what the tasks made, and do nothing else.")
-]
-SlurmArray = Annotated[
-    int | None,
-    _option(_WORK, min=1, metavar="N", help="Submit this as N Slurm tasks and a job that joins."),
-]
-ClusterProfile = Annotated[
-    Path | None, _option(_WORK, help="The cluster's profile, in YAML, for --slurm-array.")
 ]
 
 
@@ -212,7 +200,7 @@ def _preprocess_here(
     from data_tools.preprocess_text import Options, RunSettings
     from data_tools.preprocess_text import preprocess as write_shards
 
-    with _told_death():
+    with told_death():
         summary = write_shards(
             **what,
             options=Options(**options),
@@ -222,30 +210,13 @@ def _preprocess_here(
     typer.echo(summary.json() if as_json else summary.text())
 
 
-@contextmanager
-def _told_death() -> Iterator[None]:
-    """Exit code 1 and one message where a worker died."""
-    from data_tools.workers import WorkerDied
-
-    try:
-        yield
-    except WorkerDied as death:
-        typer.echo(f"error: {death}", err=True)
-        raise typer.Exit(1) from None
-
-
 def _submit(
     options: dict[str, Any], output: Path, profile: Path | None, *, num_tasks: int, cpus: int
 ) -> None:
     from data_tools.preprocess_text import Options
-    from data_tools.slurm_array import submit_tasks, without_options
 
-    if profile is None:
-        raise typer.BadParameter("--slurm-array needs the cluster's --profile")
     Options(**options)  # a mistake is told here, not by the jobs
-    command = without_options(sys.argv[1:], ("--slurm-array", "--profile"))
-    tasks, finish = submit_tasks(command, profile, output=output, num_tasks=num_tasks, cpus=cpus)
-    typer.echo(f"submitted {num_tasks} tasks as array {tasks}, and {finish}, which joins them")
+    submit_here(output, profile, num_tasks=num_tasks, cpus=cpus)
 
 
 @app.command(
@@ -334,7 +305,7 @@ def merge_shards(
     """Join the shards of folders that share a tokenizer, document tables included."""
     from data_tools.merge_shards import recut_shards
 
-    with _told_death():
+    with told_death():
         made = recut_shards(inputs, output, shard_tokens=shard_tokens, num_workers=workers)
     typer.echo(f"{output}: {len(made.shards):,} shards, {made.num_tokens:,} tokens")
 
@@ -352,6 +323,6 @@ def split_shards(
     """Cut shards to another size; the documents and their order stay."""
     from data_tools.merge_shards import recut_shards
 
-    with _told_death():
+    with told_death():
         made = recut_shards([shards], output, shard_tokens=shard_tokens, num_workers=workers)
     typer.echo(f"{output}: {len(made.shards):,} shards, {made.num_tokens:,} tokens")

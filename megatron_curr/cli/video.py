@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from megatron_curr.cli.app import AsJson, app
+from megatron_curr.cli.work import (
+    ClusterProfile,
+    Finish,
+    NumTasks,
+    NumWorkers,
+    SlurmArray,
+    TaskNumber,
+    submit_here,
+    told_death,
+)
 
 if TYPE_CHECKING:
     from data_tools.video_frames import Bucket
@@ -38,7 +48,7 @@ Shapes = Annotated[
         help="A shape of samples, in pixels; may be repeated. Without frames: images.",
     ),
 ]
-CodecName = Annotated[str, typer.Option(help="haar or diffusers:FOLDER.")]
+CodecName = Annotated[str, typer.Option(help="haar, diffusers:FOLDER or mugv:FILE.")]
 EncoderName = Annotated[str, typer.Option(help="hashed:WIDTH or transformers:FOLDER.")]
 Decoder = Annotated[str, typer.Option(help="pyav or dali.")]
 Fps = Annotated[float, typer.Option(help="Frames a second; slower files keep theirs.")]
@@ -58,12 +68,6 @@ HeldoutFrac = Annotated[
 ]
 FileField = Annotated[str, typer.Option(help="Column of a list with the path.")]
 CaptionField = Annotated[str, typer.Option(help="Column with the caption.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
-Task = Annotated[int, typer.Option(min=0, help="This array task's number.")]
-NumTasks = Annotated[int, typer.Option(min=1, help="Array tasks in all.")]
-Finish = Annotated[
-    bool, typer.Option("--finish", help="After all tasks: put their units together.")
-]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace shards that are there already.")
 ]
@@ -91,48 +95,64 @@ def preprocess_video(
     heldout_frac: HeldoutFrac = 0.02,
     file_field: FileField = "file",
     caption_field: CaptionField = "caption",
-    workers: Workers = 1,
-    task: Task = 0,
+    workers: NumWorkers = 1,
     num_tasks: NumTasks = 1,
+    task: TaskNumber = None,
     finish: Finish = False,
+    slurm_array: SlurmArray = None,
+    profile: ClusterProfile = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Encode videos and images with captions into the latents and text features of one source."""
-    from data_tools.preprocess_video import preprocess_video as write_shards
     from data_tools.video_clips import ClipOptions
-    from data_tools.workers import WorkerDied
 
-    try:
-        summary = write_shards(
-            inputs,
-            output,
-            buckets=_buckets(recipe, source, bucket or []),
-            options=ClipOptions(
-                codec=codec,
-                text_encoder=text_encoder,
-                decoder=decoder,
-                fps=fps,
-                max_clips=max_clips,
-                max_crop_frac=max_crop_frac,
-                min_motion=min_motion,
-                min_sharpness=min_sharpness,
-                one_bucket=one_bucket,
-                heldout_frac=heldout_frac,
-            ),
-            file_field=file_field,
-            caption_field=caption_field,
-            workers=workers,
-            task=task,
-            num_tasks=num_tasks,
-            only_finish=finish,
-            overwrite=overwrite,
-            show_progress=not as_json,
-        )
-    except WorkerDied as death:
-        typer.echo(f"error: {death}", err=True)
-        raise typer.Exit(1) from None
+    what: dict[str, Any] = {
+        "inputs": inputs,
+        "buckets": _buckets(recipe, source, bucket or []),
+        "options": ClipOptions(
+            codec=codec,
+            text_encoder=text_encoder,
+            decoder=decoder,
+            fps=fps,
+            max_clips=max_clips,
+            max_crop_frac=max_crop_frac,
+            min_motion=min_motion,
+            min_sharpness=min_sharpness,
+            one_bucket=one_bucket,
+            heldout_frac=heldout_frac,
+        ),
+        "file_field": file_field,
+        "caption_field": caption_field,
+    }
+    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
+    how = {"workers": workers, "num_tasks": num_tasks, "task": task, "finish": finish}
+    if slurm_array is None:
+        _preprocess_here(what, where, how, as_json=as_json)
+    else:
+        _submit(what, where, profile, num_tasks=slurm_array, cpus=workers)
+
+
+def _preprocess_here(
+    what: dict[str, Any], where: dict[str, Any], how: dict[str, Any], *, as_json: bool
+) -> None:
+    from data_tools.preprocess_video import preprocess_video as write_shards
+
+    with told_death():
+        summary = write_shards(**what, **where, **how, show_progress=not as_json)
     typer.echo(summary.json() if as_json else summary.text())
+
+
+def _submit(
+    what: dict[str, Any], where: dict[str, Any], profile: Path | None, *, num_tasks: int, cpus: int
+) -> None:
+    """Mistakes are told here, not by the tasks, and none of them has to make way for another."""
+    from data_tools.preprocess_video import open_staging, plan_job
+
+    if open_staging(plan_job(**what), **where):
+        submit_here(where["output"], profile, num_tasks=num_tasks, cpus=cpus)
+    else:
+        typer.echo(f"{where['output']}: already done")
 
 
 def _buckets(recipe: Path | None, source: str | None, shapes: list[str]) -> list[Bucket]:

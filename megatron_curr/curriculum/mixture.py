@@ -80,6 +80,23 @@ def split_segment(num_samples: int, weights: Floats) -> list[Segment]:
     return [Segment(size, weights) for size in sizes]
 
 
+def without(segments: list[Segment], done: int, source: int) -> list[Segment]:
+    """The segments after the first ``done`` samples, without one source; empty if none is left."""
+    rest = []
+    for segment in segments:
+        skipped = min(done, segment.num_samples)
+        done -= skipped
+        weights = segment.weights.copy()
+        weights[source] = 0.0
+        total = float(weights.sum())
+        if skipped == segment.num_samples:
+            continue
+        if total <= 0:
+            return []
+        rest.append(Segment(segment.num_samples - skipped, weights / total))
+    return rest
+
+
 def _append(segments: list[Segment], first: int, limit: int, weights: Floats) -> None:
     segments += split_segment(max(limit - first, 0), weights)
 
@@ -185,6 +202,7 @@ class MixtureOrder:
     """
 
     def __init__(self, segments: list[Segment]) -> None:
+        self.segments = segments
         self.num_samples = sum(segment.num_samples for segment in segments)
         self.starts = np.cumsum([0, *(segment.num_samples for segment in segments)])
         targets = np.cumsum([s.weights * s.num_samples for s in segments], axis=0)

@@ -14,6 +14,9 @@ endian and packed (no alignment)::
 
 Source: megatron-core 0.16, ``megatron/core/datasets/indexed_dataset.py``. A document may be several
 sequences, and both may be empty.
+
+Beside the pair, and only where some tokens carry no loss, ``.masked`` is an int32 a document: how
+many tokens at its start are masked. megatron-core does not know it.
 """
 
 from __future__ import annotations
@@ -66,6 +69,11 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+def masked_path(prefix: Path) -> Path:
+    """``prefix.masked``; a dot in the prefix is part of the name."""
+    return prefix.with_name(prefix.name + ".masked")
+
+
 def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
     """The type Megatron stores a vocabulary in: uint16 below 65,500 ids, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
@@ -83,7 +91,8 @@ def file_bytes(path: Path) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file; a shard is a .bin and an .idx of the same name; {REDO}"
+            f"{path}: no such file; a shard is a .bin and an .idx of the same name, and a .masked "
+            f"where its manifest says so; {REDO}"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error

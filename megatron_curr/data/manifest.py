@@ -7,12 +7,12 @@ to fit the tokenizer before the run starts, and a damaged copy is found by its s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_curr.durable import write_durably
 from megatron_curr.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -23,7 +23,8 @@ VERSION = 1
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
     """One finished shard. ``max_token_id`` is -1 for a shard without tokens; ``table_bytes`` is 0
-    where no document table lies beside it."""
+    where no document table lies beside it, ``masked_sha256`` empty where every token carries
+    loss."""
 
     name: str
     num_documents: int
@@ -36,6 +37,7 @@ class ShardRecord:
     idx_sha256: str
     table_bytes: int = 0
     table_sha256: str = ""
+    masked_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "num_documents": manifest.num_documents,
         **asdict(manifest),
     }
-    partial = folder / (FILE_NAME + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, folder / FILE_NAME)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_durably(folder / FILE_NAME, text + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

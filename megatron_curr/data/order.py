@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_curr.curriculum.mixture import MixtureOrder, Segment, mixture_segments
+from megatron_curr.curriculum.mixture import MixtureOrder, mixture_segments, without
 from megatron_curr.curriculum.schedule import Schedule, Stretch
 from megatron_curr.data.keyed import below, derive, mix, shuffle, stream_key, unshuffle
 from megatron_curr.errors import RecipeError
@@ -237,7 +237,7 @@ class SampleOrder:
                         raise RecipeError(self._exhausted_message(exhausted, stretch))
                     self.schedule = self.schedule.ended_at(end)
                     return _ended(readings, self.schedule.total_samples)
-                segments = _without(segments, reading.num_samples, exhausted)
+                segments = without(segments, reading.num_samples, exhausted)
                 if not segments:
                     raise RecipeError(self._exhausted_message(exhausted, stretch))
         return readings
@@ -341,23 +341,6 @@ def _sources_in(stretch: Stretch) -> NDArray[np.bool_]:
     for ramp in stretch.curves.mixture.ramps:
         used |= (ramp.first > 0) | (ramp.last > 0)
     return used
-
-
-def _without(segments: list[Segment], done: int, source: int) -> list[Segment]:
-    """The segments after the first ``done`` samples, without one source; empty if none is left."""
-    rest = []
-    for segment in segments:
-        skipped = min(done, segment.num_samples)
-        done -= skipped
-        weights = segment.weights.copy()
-        weights[source] = 0.0
-        total = float(weights.sum())
-        if skipped == segment.num_samples:
-            continue
-        if total <= 0:
-            return []
-        rest.append(Segment(segment.num_samples - skipped, weights / total))
-    return rest
 
 
 def _ended(readings: list[Reading], end_position: int) -> list[Reading]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_curr.data.idx_format import bin_path, header_bytes, idx_path
+from megatron_curr.data.idx_format import bin_path, header_bytes, idx_path, masked_path
 from megatron_curr.data.manifest import ShardRecord
 from megatron_curr.errors import DataError
 
@@ -22,9 +22,10 @@ _MAX_SEQUENCE_TOKENS = 2**31 - 1
 class ShardWriter:
     """One ``.bin/.idx`` pair, one sequence a document; it appears only when it is whole.
 
-    Both files are written beside their names (``.partial``), flushed to disk and renamed, the
-    ``.idx`` last, so a reader never sees an index without its tokens. Leaving the ``with`` block by
-    an exception removes what was written.
+    The files are written beside their names (``.partial``), flushed to disk and renamed, the
+    ``.idx`` last, so a reader never sees an index without its tokens. Where some tokens carry no
+    loss, ``.masked`` says how many at the start of each document. Leaving the ``with`` block by an
+    exception removes what was written.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype[np.integer]) -> None:
@@ -34,10 +35,10 @@ class ShardWriter:
         self.max_token_id = -1
         self.record: ShardRecord | None = None
         self._lengths: list[NDArray[np.int64]] = []
+        self._masked: list[tuple[int, NDArray[np.int32]]] = []  # from which document on
         self._limits = np.iinfo(dtype)
         self._sha256 = hashlib.sha256()
         self._partial_bin = _partial(bin_path(prefix))
-        self._partial_idx = _partial(idx_path(prefix))
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(self._partial_bin, "wb")  # noqa: SIM115 - closed by finish and abort
 
@@ -50,8 +51,15 @@ class ShardWriter:
         tokens = np.asarray(tokens)
         self.add_documents(tokens, [len(tokens)])
 
-    def add_documents(self, tokens: ArrayLike, lengths: Sequence[int] | NDArray[Any]) -> None:
-        """Append many documents at once: their tokens end to end, and the length of each.
+    def add_documents(
+        self,
+        tokens: ArrayLike,
+        lengths: Sequence[int] | NDArray[Any],
+        *,
+        masked: NDArray[Any] | None = None,
+    ) -> None:
+        """Append many documents at once: their tokens end to end, the length of each, and how many
+        tokens at the start of each carry no loss.
 
         Raises ``DataError`` for a token id the dtype cannot hold and for a document of 2**31
         tokens or more, which the format cannot.
@@ -76,6 +84,9 @@ class ShardWriter:
                 f"{bin_path(self.prefix)}: a document of {length_array.max():,} tokens; the format "
                 f"holds at most {_MAX_SEQUENCE_TOKENS:,}; split it"
             )
+        if masked is not None and masked.any():
+            assert (masked >= 0).all() and (masked <= length_array).all()
+            self._masked.append((self.num_documents, masked.astype(np.int32)))
         content = np.ascontiguousarray(token_array, self.dtype).data
         self._bin.write(content)
         self._sha256.update(content)
@@ -95,13 +106,15 @@ class ShardWriter:
                 np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
             )
         )
-        self._partial_idx.write_bytes(index)
+        masked = self._masked_tokens(len(lengths))
         self._bin.flush()
         os.fsync(self._bin.fileno())
         self._bin.close()
-        _sync(self._partial_idx)
         os.replace(self._partial_bin, bin_path(self.prefix))
-        os.replace(self._partial_idx, idx_path(self.prefix))
+        masked_path(self.prefix).unlink(missing_ok=True)  # a shard before this may have left one
+        if masked:
+            _write(masked_path(self.prefix), masked)
+        _write(idx_path(self.prefix), index)
         _sync(self.prefix.parent)
         self.record = ShardRecord(
             name=self.prefix.name,
@@ -113,14 +126,24 @@ class ShardWriter:
             idx_bytes=len(index),
             bin_sha256=self._sha256.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
+            masked_sha256=hashlib.sha256(masked).hexdigest() if masked else "",
         )
         return self.record
+
+    def _masked_tokens(self, num_documents: int) -> bytes:
+        """What ``.masked`` holds; nothing where no token is masked."""
+        if not self._masked:
+            return b""
+        counts = np.zeros(num_documents, "<i4")
+        for first, masked in self._masked:
+            counts[first : first + len(masked)] = masked
+        return counts.tobytes()
 
     def abort(self) -> None:
         """Remove what was written so far; nothing under the final names is touched."""
         self._bin.close()
-        self._partial_bin.unlink(missing_ok=True)
-        self._partial_idx.unlink(missing_ok=True)
+        for path_of in (bin_path, masked_path, idx_path):
+            _partial(path_of(self.prefix)).unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -139,6 +162,14 @@ class ShardWriter:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Let a file appear when it is on disk."""
+    partial = _partial(path)
+    partial.write_bytes(content)
+    _sync(partial)
+    os.replace(partial, path)
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ import glob
 import os
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_curr.data.idx_format import (
     file_bytes,
     idx_path,
     map_bytes,
+    masked_path,
     read_header,
 )
 from megatron_curr.data.manifest import FILE_NAME, Manifest, ShardRecord, read_manifest
@@ -46,15 +48,31 @@ class Span:
 
 
 class Shard:
-    """One ``.bin/.idx`` pair. Its tokens and its index are mapped when they are first used."""
+    """One ``.bin/.idx`` pair. Its tokens and its index are mapped when they are first used.
 
-    def __init__(self, prefix: Path, header: IndexHeader, max_token_id: int | None) -> None:
+    ``has_masked`` says that some of its tokens carry no loss, and that a ``.masked`` tells which.
+    """
+
+    def __init__(
+        self,
+        prefix: Path,
+        header: IndexHeader,
+        max_token_id: int | None = None,
+        *,
+        has_masked: bool = False,
+    ) -> None:
         self.prefix = prefix
         self.dtype = header.dtype
         self.num_sequences = header.num_sequences
         self.num_documents = header.num_documents
         self.num_tokens = header.num_tokens
         self.max_token_id = max_token_id
+        self.has_masked = has_masked
+        if has_masked and (found := file_bytes(masked_path(prefix))) != 4 * self.num_documents:
+            raise DataError(
+                f"{masked_path(prefix)}: {found:,} bytes, but {self.num_documents:,} documents "
+                f"need {4 * self.num_documents:,}: cut short, or of another shard; {REDO}"
+            )
 
     @property
     def name(self) -> str:
@@ -91,6 +109,11 @@ class Shard:
         starts = np.frombuffer(pages, "<i8", self.num_sequences, starts_at)
         return starts, np.frombuffer(pages, "<i8", self.num_documents + 1, documents_at)
 
+    @cached_property
+    def masked_tokens(self) -> NDArray[np.int32] | None:
+        """How many tokens at the start of each document carry no loss, [num_documents]."""
+        return map_bytes(masked_path(self.prefix)).view("<i4") if self.has_masked else None
+
     def document_at(self, token: int) -> int:
         """The document that holds this token of the shard; O(log documents)."""
         starts, documents = self._index
@@ -111,15 +134,20 @@ class ShardSet:
     """The shards of one source as one token stream. Safe to read from several threads.
 
     ``shard_starts`` [shards + 1] is where each shard begins in the stream, then ``num_tokens``.
+    ``tokenizers`` is name by sha256 of those that the manifests say made the shards.
     """
 
-    def __init__(self, name: str, shards: list[Shard]) -> None:
+    def __init__(
+        self, name: str, shards: list[Shard], *, tokenizers: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
+        self.tokenizers = dict(tokenizers or {})
         self.shards = shards
         self.paths = [bin_path(shard.prefix) for shard in shards]
         self.shard_starts = np.cumsum([0, *(shard.num_tokens for shard in shards)], dtype=np.int64)
         self.num_tokens = int(self.shard_starts[-1])
         self.num_documents = sum(shard.num_documents for shard in shards)
+        self.has_masked = any(shard.has_masked for shard in shards)
         self.dtype = np.result_type(*{shard.dtype for shard in shards})
         self._starts: list[int] = self.shard_starts.tolist()
 
@@ -177,6 +205,22 @@ class ShardSet:
                 starts = starts[np.append(True, starts[1:] != starts[:-1])]  # empty documents
             found.append(starts + (self._starts[number] - first_token))
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
+
+    def masked_spans(self, first_token: int, count: int) -> list[tuple[int, int]]:
+        """Which tokens of the window [0, count) carry no loss: begin and end of each run."""
+        found: list[tuple[int, int]] = []
+        for number, begin, end in self._pieces(first_token, count):
+            shard = self.shards[number]
+            if shard.masked_tokens is None:
+                continue
+            first, last = shard.document_at(begin), shard.document_at(end - 1)
+            starts = shard.document_starts(first, last)
+            ends = np.minimum(starts + shard.masked_tokens[first : last + 1], end)
+            shift = self._starts[number] - first_token
+            for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+                if stop > max(start, begin):
+                    found.append((max(start, begin) + shift, stop + shift))
+        return found
 
     def document_range(self, shard: str, document: int) -> tuple[int, int]:
         """A document's first token in the stream and its length; ``shard`` is one of ``labels``.
@@ -267,7 +311,7 @@ def open_shards(spec: str | Path, *, name: str | None = None) -> ShardSet:
     shards = []
     for prefix in prefixes:
         if manifests[prefix.parent] is None:
-            shards.append(Shard(prefix, read_header(prefix), None))
+            shards.append(open_shard(prefix))
         elif prefix in records:
             shards.append(_shard_from_manifest(prefix, *records[prefix]))
         else:
@@ -276,7 +320,9 @@ def open_shards(spec: str | Path, *, name: str | None = None) -> ShardSet:
                 f"finished, or the shard was added by hand; move it to another folder, or delete "
                 f"{FILE_NAME} to open every shard by its index"
             )
-    shard_set = ShardSet(name or str(spec), shards)
+    made_by = [m.tokenizer for m in manifests.values() if m is not None and m.tokenizer is not None]
+    tokenizers = {tokenizer.sha256: tokenizer.name for tokenizer in made_by}
+    shard_set = ShardSet(name or str(spec), shards, tokenizers=tokenizers)
     if shard_set.num_tokens == 0:
         raise DataError(
             f"{spec}: {len(shards)} shards, {shard_set.num_documents:,} documents, but not one "
@@ -284,6 +330,11 @@ def open_shards(spec: str | Path, *, name: str | None = None) -> ShardSet:
             "that preprocessing wrote"
         )
     return shard_set
+
+
+def open_shard(prefix: Path) -> Shard:
+    """One shard by its own files, whatever a manifest says. Raises ``DataError``."""
+    return Shard(prefix, read_header(prefix), has_masked=masked_path(prefix).exists())
 
 
 def _shard_from_manifest(prefix: Path, manifest: Manifest, record: ShardRecord) -> Shard:
@@ -300,7 +351,7 @@ def _shard_from_manifest(prefix: Path, manifest: Manifest, record: ShardRecord) 
     header = IndexHeader(
         np.dtype(manifest.dtype), record.num_sequences, record.num_documents, record.num_tokens
     )
-    return Shard(prefix, header, record.max_token_id)
+    return Shard(prefix, header, record.max_token_id, has_masked=bool(record.masked_sha256))
 
 
 def _find_prefixes(spec: str) -> list[Path]:

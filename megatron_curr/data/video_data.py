@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule
 from megatron_curr.curriculum.lots import VideoPlanner
+from megatron_curr.data.video_manifest import FILE_NAME
 from megatron_curr.data.video_order import VideoOrder
 from megatron_curr.data.video_shards import (
     VideoShards,
@@ -30,7 +32,8 @@ def open_video_data(recipe: VideoRecipe) -> VideoData:
     """Open every folder of the recipe.
 
     Raises ``DataError`` for latents or texts of another codec, channel count, normalisation or
-    encoder than the model's or another folder's, and for a bucket that no sample fits.
+    encoder than the model's or another folder's, and for a bucket that no sample fits; a held-out
+    folder may lack buckets.
     """
     data = VideoData(
         train={
@@ -38,7 +41,7 @@ def open_video_data(recipe: VideoRecipe) -> VideoData:
             for name, source in recipe.data.sources.items()
         },
         heldout={
-            name: open_video_shards(source.heldout, name=f"{name} (held out)")
+            name: _open_heldout(name, source.heldout)
             for name, source in recipe.data.sources.items()
             if source.heldout is not None
         },
@@ -47,7 +50,8 @@ def open_video_data(recipe: VideoRecipe) -> VideoData:
         _check(recipe, data.train[name], source.buckets)
         if name in data.heldout:
             shards = data.heldout[name]
-            _check(recipe, shards, [b for b in source.buckets if b in shards.bucket_names])
+            held_out = {b for b, record in shards.manifest.buckets.items() if record.num_samples}
+            _check(recipe, shards, [b for b in source.buckets if b in held_out])
     check_same_encoders([*data.train.values(), *data.heldout.values()])
     return data
 
@@ -60,6 +64,19 @@ def build_video_order(recipe: VideoRecipe, data: VideoData, ledger: Sequence[Ent
     }
     schedule = ledger_schedule(ledger, planner)
     return VideoOrder(schedule, num_clips, recipe=recipe, planner=planner)
+
+
+def _open_heldout(source: str, folder: str) -> VideoShards:
+    try:
+        return open_video_shards(folder, name=f"{source} (held out)")
+    except DataError as error:
+        if (Path(folder) / FILE_NAME).is_file():
+            raise
+        raise DataError(
+            f"data.sources.{source}.heldout: {error}. Where preprocess-video has held no file out "
+            "there is no such folder: raise its --heldout-frac, give it more files, or leave "
+            "heldout out of the recipe"
+        ) from error
 
 
 def _check(recipe: VideoRecipe, shards: VideoShards, buckets: Sequence[str]) -> None:

@@ -105,11 +105,18 @@ class LotReader:
             )
 
 
-def heldout_samples(recipe: VideoRecipe, cell: Cell, shards: VideoShards) -> int:
-    """How many held-out samples of a cell are evaluated, of those there are."""
+def num_heldout(cell: Cell, heldout: Mapping[str, VideoShards]) -> int:
+    """How many held-out samples there are of a cell."""
+    shards = heldout.get(cell.source)
+    bucket = shards.manifest.buckets.get(cell.bucket) if shards else None
+    return bucket.num_samples if bucket else 0
+
+
+def heldout_samples(recipe: VideoRecipe, cell: Cell, heldout: Mapping[str, VideoShards]) -> int:
+    """How many of them are evaluated."""
     share = recipe.evaluation.tokens_per_source // len(recipe.data.sources[cell.source].buckets)
     most = max(share // cell.sample_tokens, 1)
-    return min(most, len(shards.clips_of(cell.bucket)))
+    return min(most, num_heldout(cell, heldout))
 
 
 def heldout_batches(
@@ -126,15 +133,15 @@ def heldout_batches(
     shapes: what is missing at the end is a sample that does not count.
     """
     for number, cell in enumerate(cells):
-        shards = heldout.get(cell.source)
-        if shards is None or cell.bucket not in shards.bucket_names:
+        count = heldout_samples(recipe, cell, heldout)
+        if not count:
             continue
+        shards = heldout[cell.source]
         clips = shards.clips_of(cell.bucket)
-        count = heldout_samples(recipe, cell, shards)
         frames = recipe.data.latent_shape(cell.bucket)[0]
         rows = micro_batch_samples(recipe, cell)
         own = np.arange(dp_rank, -(-count // dp_size) * dp_size, dp_size)
-        for share in np.array_split(own, -(-len(own) // rows)) if count else ():
+        for share in np.array_split(own, -(-len(own) // rows)):
             places = np.minimum(share, count - 1)
             read = [shards.read(int(clips[place])) for place in places]
             for step, t in enumerate(HELDOUT_TIMESTEPS):

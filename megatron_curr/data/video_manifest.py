@@ -6,13 +6,14 @@ codec's ``decode``.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_curr.durable import write_durably
 from megatron_curr.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -84,6 +85,16 @@ class VideoManifest:
     def num_samples(self) -> int:
         return sum(tar.num_samples for tar in self.tars)
 
+    @property
+    def encoders(self) -> dict[str, str]:
+        """A digest of all that says what latents and text features mean, but not of its place."""
+        return {
+            what: hashlib.sha256(
+                json.dumps({**asdict(record), "name": ""}, sort_keys=True).encode()
+            ).hexdigest()
+            for what, record in (("codec", self.codec), ("text encoder", self.text_encoder))
+        }
+
 
 def write_video_manifest(folder: Path, manifest: VideoManifest) -> None:
     """Write ``manifest.json``: complete or not at all."""
@@ -93,13 +104,8 @@ def write_video_manifest(folder: Path, manifest: VideoManifest) -> None:
         "num_samples": manifest.num_samples,
         **asdict(manifest),
     }
-    partial = folder / (FILE_NAME + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, folder / FILE_NAME)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_durably(folder / FILE_NAME, text + "\n")
 
 
 def read_video_manifest(folder: Path) -> VideoManifest:

@@ -18,6 +18,7 @@ from megatron_curr.curriculum.lots import Cell, VideoCurves, VideoPlanner
 from megatron_curr.curriculum.mixture import Ints, MixtureOrder
 from megatron_curr.curriculum.schedule import Schedule, Stretch
 from megatron_curr.data.keyed import derive, shuffle, stream_key, unshuffle
+from megatron_curr.data.lot_owners import LotOwners
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.video_schema import VideoRecipe
 
@@ -53,7 +54,7 @@ class VideoOrder:
     ``num_clips`` is by cell name, ``source/bucket``. ``schedule`` is the given one, or a shorter
     one where a source with ``on_exhausted: stop`` runs out. Raises ``RecipeError`` where a cell in
     use has no clip, fewer than a lot takes, or would pass the source's ``max_epochs`` under
-    ``on_exhausted: error``.
+    ``on_exhausted: error``, or under ``reweight`` with no other source of its bucket.
     """
 
     def __init__(
@@ -74,9 +75,12 @@ class VideoOrder:
         self._key = np.array(
             [stream_key(recipe.seed, f"order/{cell.name}") for cell in self.cells], np.uint64
         )
+        self._bucket_of: Ints = np.array([planner.buckets.index(c.bucket) for c in self.cells])
+        self._owners = [LotOwners(_mixture(s), self._bucket_of) for s in schedule.stretches]
         self._check_sizes(schedule)
-        self.schedule = self._ended(schedule)
-        counts = [_mixture(s).counts(s.num_samples) for s in self.schedule.stretches]
+        self.schedule = self._until_exhausted(schedule)
+        self._check_sizes(self.schedule)  # a cell may have got another's share
+        counts = self._counts(self.schedule)
         self._first_lot: Ints = np.cumsum([np.zeros_like(self.num_clips), *counts], axis=0)
         self._starts = np.array([stretch.start_position for stretch in self.schedule.stretches])
 
@@ -91,8 +95,7 @@ class VideoOrder:
         """The lot at this position."""
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         stretch = self.schedule.stretches[number]
-        inside = np.array([position - stretch.start_position])
-        cell, rank = (int(found[0]) for found in _mixture(stretch).pick(inside))
+        cell, rank = self._owners[number].owner(position - stretch.start_position)
         nth = (int(self._first_lot[number][cell]) + rank) * self.cells[cell].lot_samples
         nth_of_cell = nth + np.arange(self.cells[cell].lot_samples, dtype=np.int64)
         epoch, in_epoch = np.divmod(nth_of_cell, self.num_clips[cell])
@@ -117,7 +120,7 @@ class VideoOrder:
         for number in np.unique(number_of):
             here, stretch = number_of == number, self.schedule.stretches[number]
             ranks = lots[here] - self._first_lot[number][cell]
-            positions[here] = stretch.start_position + _mixture(stretch).index_of(cell, ranks)
+            positions[here] = stretch.start_position + self._owners[number].lots_of(cell, ranks)
         return np.stack([positions, place], axis=1)
 
     def _epoch_key(self, cell: int, epoch: Ints) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -130,7 +133,7 @@ class VideoOrder:
         number = max(int(np.searchsorted(self._starts, position, side="right")) - 1, 0)
         stretch = self.schedule.stretches[number]
         inside = min(position - stretch.start_position, stretch.num_samples)
-        lots: Ints = self._first_lot[number] + _mixture(stretch).counts(inside)
+        lots: Ints = self._first_lot[number] + self._owners[number].counts(inside)
         return lots
 
     def consumed_tokens(self, position: int) -> dict[str, int]:
@@ -161,9 +164,13 @@ class VideoOrder:
 
     # -- building
 
+    def _counts(self, schedule: Schedule) -> list[Ints]:
+        """[num_cells] lots of each stretch; there may be fewer than were planned."""
+        stretches = zip(self._owners, schedule.stretches, strict=False)
+        return [owners.counts(stretch.num_samples) for owners, stretch in stretches]
+
     def _check_sizes(self, schedule: Schedule) -> None:
-        used = sum(_mixture(stretch).counts(stretch.num_samples) for stretch in schedule.stretches)
-        for number in np.flatnonzero(used):
+        for number in np.flatnonzero(sum(self._counts(schedule))):
             cell, clips = self.cells[number], int(self.num_clips[number])
             place = f"data.sources.{cell.source}: bucket {cell.bucket!r}"
             if clips == 0:
@@ -183,39 +190,51 @@ class VideoOrder:
                     f"most {MAX_LOT_SAMPLES} samples"
                 )
 
-    def _ended(self, schedule: Schedule) -> Schedule:
-        """The schedule, over at the last whole step before a source that stops it runs out."""
-        limit = [
-            int(setting.max_epochs * clips) // samples
-            for setting, clips, samples in zip(
-                self._settings, self.num_clips.tolist(), self._lot_samples.tolist(), strict=True
-            )
-        ]
-        done = np.zeros_like(self.num_clips)
-        for stretch in schedule.stretches:
-            counts = _mixture(stretch).counts(stretch.num_samples)
-            ends = {}
-            for cell in np.flatnonzero(done + counts > limit).tolist():
-                if self._settings[cell].on_exhausted == "error":
-                    raise RecipeError(self._exhausted_message(cell, stretch))
-                rank = np.array([max(limit[cell] - int(done[cell]), 0)])
-                ends[int(_mixture(stretch).index_of(cell, rank)[0])] = cell
-            if ends:
-                at = stretch.consumed_at(stretch.start_position + min(ends))
-                end = schedule.step_start(at)
+    def _until_exhausted(self, schedule: Schedule) -> Schedule:
+        """Deal what used-up cells leave to others.
+
+        The schedule, over at the last whole step before a source that stops it runs out.
+        """
+        most = np.array([setting.max_epochs for setting in self._settings])
+        most_samples = np.minimum(most * self.num_clips, 2.0**62).astype(np.int64)
+        left: Ints = most_samples // self._lot_samples
+        for owners, stretch in zip(self._owners, schedule.stretches, strict=True):
+            while found := self._first_over(owners, stretch, left):
+                lot, cell = found
+                ending = self._settings[cell].on_exhausted
+                if ending == "reweight" and owners.use_up(cell, lot):
+                    continue
+                at = stretch.consumed_at(stretch.start_position + lot)
+                end = schedule.step_start(at) if ending == "stop" else 0
                 if end == 0:
-                    raise RecipeError(self._exhausted_message(ends[min(ends)], stretch))
+                    raise RecipeError(self._exhausted_message(cell, stretch))
                 return schedule.ended_at(end)
-            done += counts
+            left = left - owners.counts(stretch.num_samples)
         return schedule
+
+    def _first_over(
+        self, owners: LotOwners, stretch: Stretch, left: Ints
+    ) -> tuple[int, int] | None:
+        """(lot of the stretch, cell) where a cell first gets a lot that it no longer has."""
+        over = np.flatnonzero(owners.counts(stretch.num_samples) > left).tolist()
+        for cell in over:
+            if self._settings[cell].on_exhausted == "error":
+                raise RecipeError(self._exhausted_message(cell, stretch))
+        return min(((int(owners.lots_of(c, left[[c]])[0]), c) for c in over), default=None)
 
     def _exhausted_message(self, number: int, stretch: Stretch) -> str:
         cell: Cell = self.cells[number]
+        setting = self._settings[number]
+        remedy = "stop or reweight"
+        found = f"it holds {self.num_clips[number]:,} samples"
+        if setting.on_exhausted == "reweight":
+            remedy = "stop"
+            found += ", and no other source has weight there for a bucket of that name"
         return (
             f"data.sources.{cell.source}: bucket {cell.bucket!r} would be read more than "
-            f"max_epochs={self._settings[number].max_epochs:g} times by the end of phase "
-            f"{stretch.phase!r}: it holds {self.num_clips[number]:,} samples. Lower its weight, "
-            f"add clips, raise max_epochs, or set on_exhausted to stop"
+            f"max_epochs={setting.max_epochs:g} times by the end of phase {stretch.phase!r}: "
+            f"{found}. Lower its weight, add clips, raise max_epochs, or set on_exhausted to "
+            f"{remedy}"
         )
 
 

@@ -7,6 +7,10 @@ documents isolated, attention does not leave a document, and the one label that 
 document's EOD to the next document's first token is masked: nothing in its context could predict
 it. Positions need no reset: rotary embeddings see only differences of positions, which within a
 document are the same wherever it starts.
+
+Tokens that preprocessing set before a document (its metadata, a control token) are read but not
+learned: no label that is one of them counts, in whatever window it falls. Where no shard of a
+source has any, that costs nothing.
 """
 
 from __future__ import annotations
@@ -89,6 +93,9 @@ def cut_rows(
     loss_mask_BS = np.ones((len(rows), seq_length), np.float32)
     for number, row in enumerate(rows):
         loss_mask_BS[number, row.num_labels :] = 0.0
+        if row.shard_set.has_masked and row.num_labels:
+            for begin, end in row.shard_set.masked_spans(row.first_token + 1, row.num_labels):
+                loss_mask_BS[number, begin:end] = 0.0
     document_ids_BS = None
     if isolate_documents:
         starts = _document_starts(rows, width)

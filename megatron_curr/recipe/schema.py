@@ -20,6 +20,9 @@ from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section
 from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_phases import VideoCurriculum
 
+OnExhausted = Literal["error", "stop", "reweight"]
+"""What happens where a source has been read ``max_epochs`` times."""
+
 
 class Source(Section):
     """One named part of the mixture: one or more indexed shards."""
@@ -27,7 +30,7 @@ class Source(Section):
     shards: str = Field(description="Folder, glob or prefix of .bin/.idx shards")
     heldout: str | None = Field(None, description="Shards evaluated on, never trained on")
     max_epochs: float = Field(4.0, gt=0, description="Most passes over the source in the whole run")
-    on_exhausted: Literal["error", "stop", "reweight"] = "error"
+    on_exhausted: OnExhausted = "error"
 
 
 class Data(Section):

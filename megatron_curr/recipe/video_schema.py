@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_curr.recipe.schema import RunRecipe
+from megatron_curr.recipe.schema import OnExhausted, RunRecipe
 from megatron_curr.recipe.section import NAME_PATTERN, Section
 from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_phases import VideoCurriculum
@@ -32,7 +32,7 @@ class VideoSource(Section):
     heldout: str | None = Field(None, description="Shards evaluated on, never trained on")
     buckets: list[Name] = Field(min_length=1, description="Shapes that are read of this source")
     max_epochs: float = Field(4.0, gt=0, description="Most passes over any shape of the source")
-    on_exhausted: Literal["error", "stop"] = "error"
+    on_exhausted: OnExhausted = "error"
 
 
 class VideoData(Section):

@@ -83,8 +83,7 @@ def sample(
     """
     began_s = time.monotonic()
     with trained_model(path, weights=weights) as trained:
-        folder = shards or Path(next(iter(trained.recipe.data.sources.values())).shards)
-        studio = Studio(trained, read_video_manifest(folder), wish)
+        studio = Studio(trained, manifest_of(trained.recipe, shards), wish)
         frames = studio.clips(tell)
     output.mkdir(parents=True, exist_ok=True)
     suffix = ".png" if len(frames[0]) == 1 else ".mp4"
@@ -227,6 +226,20 @@ def last_timestep_shift(recipe: VideoRecipe) -> float:
         start = end
     assert held is not None
     return float(held.timestep_shift.at(start))
+
+
+def manifest_of(recipe: VideoRecipe, shards: Path | None) -> VideoManifest:
+    """What made the shards: the run's, or others like them. Raises ``DataError``."""
+    if shards is not None:
+        return read_video_manifest(shards)
+    folder = Path(next(iter(recipe.data.sources.values())).shards)
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: the run's shards are not there, and they say which codec and text encoder "
+            "the model speaks; run from the folder the run was started in, or give shards of the "
+            "same codec and encoder with --shards"
+        )
+    return read_video_manifest(folder)
 
 
 def open_encoders(manifest: VideoManifest) -> tuple[Codec, TextEncoder]:

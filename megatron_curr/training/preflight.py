@@ -13,12 +13,12 @@ from megatron_curr.curriculum.ledger import Entry, ledger_schedule
 from megatron_curr.curriculum.schedule import Schedule
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
-from megatron_curr.data.tokenizer import load_tokenizer
+from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.data.video_data import build_video_order, open_video_data
 from megatron_curr.data.video_order import VideoOrder
 from megatron_curr.data.video_shards import VideoShards
 from megatron_curr.data.windows import probe_vocabulary
-from megatron_curr.errors import RecipeError
+from megatron_curr.errors import DataError, RecipeError
 from megatron_curr.recipe.check import check_layout, check_recipe
 from megatron_curr.recipe.load import Difference
 from megatron_curr.recipe.schema import Recipe, RunRecipe
@@ -38,6 +38,7 @@ class Prepared:
     heldout_sets: dict[str, ShardSet] | dict[str, VideoShards]
     vocab_size: int  # 0 for video
     changes: list[Difference]  # against the recipe of the last start, all allowed
+    encoders: dict[str, str] | None = None  # of video, digests of what made latents and texts
 
     @property
     def schedule(self) -> Schedule:
@@ -72,8 +73,10 @@ def _open_text(
         for name, source in sources.items()
         if source.heldout is not None
     }
-    vocab_size = _vocab_size(recipe)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    vocab_size = _vocab_size(recipe, tokenizer)
     for shard_set in (*shard_sets.values(), *heldout_sets.values()):
+        _check_tokenizer(shard_set, tokenizer)
         check_vocabulary(shard_set, vocab_size)
         if shard_set.max_token_id is None:
             probe_vocabulary(shard_set, vocab_size)
@@ -105,6 +108,8 @@ def _open_video(
     order = build_video_order(recipe, data, ledger)
     sizes = zip(order.sources, order.num_tokens.tolist(), strict=True)
     folder.check_sources(dict(sizes))
+    encoders = next(iter(data.train.values())).manifest.encoders  # the same of all
+    folder.check_encoders(encoders)
     return Prepared(
         recipe=recipe,
         folder=folder,
@@ -114,6 +119,7 @@ def _open_video(
         heldout_sets=data.heldout,
         vocab_size=0,
         changes=changes,
+        encoders=encoders,
     )
 
 
@@ -130,9 +136,21 @@ def _check_extras(recipe: RunRecipe) -> None:
             )
 
 
-def _vocab_size(recipe: Recipe) -> int:
+def _check_tokenizer(shard_set: ShardSet, tokenizer: Tokenizer) -> None:
+    """Raise ``DataError`` where a manifest says that another tokenizer made the shards."""
+    for sha256, name in shard_set.tokenizers.items():
+        if sha256 != tokenizer.sha256:
+            raise DataError(
+                f"{shard_set.name}: made with the tokenizer {name}, sha256 {sha256[:16]}, but "
+                f"data.tokenizer {tokenizer.path} has {tokenizer.sha256[:16]}: its ids mean other "
+                "text; set data.tokenizer to the one that made the shards (model.vocab_size may be "
+                "larger), or preprocess again"
+            )
+
+
+def _vocab_size(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """The model's, which may exceed the tokenizer's but not fall short of it."""
-    tokenizer_size = load_tokenizer(recipe.data.tokenizer).vocab_size
+    tokenizer_size = tokenizer.vocab_size
     vocab_size = recipe.model.vocab_size or tokenizer_size
     if vocab_size < tokenizer_size:
         raise RecipeError(

@@ -1,17 +1,18 @@
 """The run folder: one place for everything a run writes, one run at a time. No torch here.
 
 ``recipe.yaml`` (resolved), ``ledger.jsonl``, ``metrics.jsonl``, ``checkpoints/``, ``logs/``,
-``incarnations/`` and ``lock``. A folder that has checkpoints is resumed; the recipe may then differ
-only in what does not decide what is trained.
+``incarnations/`` and ``lock``; of video, ``encoders.json``. A folder that has checkpoints is
+resumed; the recipe may then differ only in what does not decide what is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,11 @@ class RunFolder:
     def ledger(self) -> Path:
         """Which curriculum was valid from which token on."""
         return self.path / "ledger.jsonl"
+
+    @property
+    def encoders(self) -> Path:
+        """Digests of the codec and text encoder that a video run began with."""
+        return self.path / "encoders.json"
 
     @property
     def metrics(self) -> Path:
@@ -115,6 +121,19 @@ class RunFolder:
                     "put the old shards back, or start a new run under another name"
                 )
 
+    def check_encoders(self, found: Mapping[str, str]) -> None:
+        """Raise ``CheckpointError`` when codec or text encoder are not those the run began with."""
+        if not self.has_checkpoints or not self.encoders.is_file():
+            return
+        known = json.loads(self.encoders.read_text(encoding="utf-8"))
+        for what, digest in found.items():
+            if known[what] != digest:
+                raise CheckpointError(
+                    f"data.sources: the shards were made with another {what}, or other settings of "
+                    "it, than when the run was saved, so its model would not know what it sees; "
+                    "put the old shards back, or start a new run under another name"
+                )
+
     def read_ledger(self, recipe: Recipe) -> tuple[Entry, ...]:
         """The run's ledger; for a run that starts now, the one its recipe opens.
 
@@ -128,7 +147,14 @@ class RunFolder:
                 return known
         return open_ledger(recipe.curriculum)
 
-    def write_records(self, recipe: Recipe, ledger: Sequence[Entry], pen: Pen) -> None:
+    def write_records(
+        self,
+        recipe: Recipe,
+        ledger: Sequence[Entry],
+        pen: Pen,
+        *,
+        encoders: Mapping[str, str] | None = None,
+    ) -> None:
         """Put the recipe of this start, and for a new run its ledger, on disk."""
         try:
             for folder in (self.checkpoints, self.logs):
@@ -136,6 +162,8 @@ class RunFolder:
             pen.write(self.recipe, dump_recipe(recipe))
             if not self.has_checkpoints:
                 self._write_ledger("".join(entry.line() + "\n" for entry in ledger), pen)
+            if encoders:
+                pen.write(self.encoders, json.dumps(encoders) + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from None
 

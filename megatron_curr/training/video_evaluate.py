@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 
 from megatron_curr.curriculum.lots import Cell
-from megatron_curr.data.video_loader import HELDOUT_TIMESTEPS, heldout_batches
+from megatron_curr.data.video_loader import HELDOUT_TIMESTEPS, heldout_batches, num_heldout
 from megatron_curr.data.video_shards import VideoShards
 from megatron_curr.parallel.groups import Groups
 from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training.step import Stepper
+
+log = logging.getLogger(__name__)
 
 
 class VideoEvaluator:
@@ -32,14 +35,22 @@ class VideoEvaluator:
         self._cells = tuple(cells)
         self._heldout = dict(heldout)
         self._groups = groups
+        unheld = [
+            cell.name
+            for cell in self._cells
+            if cell.source in self._heldout and not num_heldout(cell, self._heldout)
+        ]
+        if unheld:
+            log.warning(
+                "no held-out sample of %s: not evaluated (preprocess-video holds more files out "
+                "with a higher --heldout-frac)",
+                ", ".join(unheld),
+            )
 
     @property
     def has_sources(self) -> bool:
         """Whether any source has held-out samples of a bucket that is read of it."""
-        return any(
-            cell.source in self._heldout and cell.bucket in self._heldout[cell.source].bucket_names
-            for cell in self._cells
-        )
+        return any(num_heldout(cell, self._heldout) for cell in self._cells)
 
     def evaluate(self, stepper: Stepper) -> dict[str, float]:
         """``eval/...`` values; the same on every rank. Collective."""

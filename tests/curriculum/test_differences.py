@@ -48,7 +48,7 @@ def test_each_value_has_its_own_pieces_and_the_end_is_told() -> None:
 
 
 @given(curricula(), curricula())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_nothing_differs_from_itself_and_two_differ_both_ways(
     first: Curriculum, second: Curriculum
 ) -> None:

@@ -30,7 +30,7 @@ def one_phase(tokens: int = 6400) -> Curriculum:
 
 
 @given(curricula(), curricula(), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_ledger_read_back_gives_the_same_schedule(tmp_path_factory, first, second, where) -> None:
     ledger = open_ledger(first)
     schedule = ledger_schedule(ledger)

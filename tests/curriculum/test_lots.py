@@ -40,7 +40,7 @@ def steps_of(schedule: Schedule, start_tokens: int = 0) -> list[StepPlan]:
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_search_finds_the_first_lot_from_a_token_on(seed: int) -> None:
     draws = np.random.default_rng(seed)
     num_cells = int(draws.integers(1, 6))
@@ -56,7 +56,7 @@ def test_search_finds_the_first_lot_from_a_token_on(seed: int) -> None:
 
 
 @given(video_recipes())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_steps_tile_the_run_and_clock_and_position_agree(recipe: VideoRecipe) -> None:
     schedule, planner = compiled(recipe)
     plans = steps_of(schedule)
@@ -79,7 +79,7 @@ def test_steps_tile_the_run_and_clock_and_position_agree(recipe: VideoRecipe) ->
 
 
 @given(video_recipes())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_cells_get_their_tokens_and_phases_their_length(recipe: VideoRecipe) -> None:
     schedule, planner = compiled(recipe)
     lot_tokens, num_cells = planner.lot_tokens, len(planner.cells)
@@ -125,7 +125,7 @@ def test_a_ramp_of_buckets_moves_tokens_as_its_integral_says() -> None:
 
 
 @given(video_recipes(), video_recipes(), st.floats(0, 1))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_amendment_changes_the_future_only(
     recipe: VideoRecipe, other: VideoRecipe, where: float
 ) -> None:

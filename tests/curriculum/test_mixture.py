@@ -45,7 +45,7 @@ many_weights = st.one_of(
 
 
 @given(many_weights, st.integers(1, 3000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_prefix_is_within_two_samples_of_its_target(weights, num_samples) -> None:
     segments = [Segment(num_samples, normalised(weights))]
     off = np.abs(prefix_counts(MixtureOrder(segments)) - prefix_targets(segments))
@@ -53,7 +53,7 @@ def test_every_prefix_is_within_two_samples_of_its_target(weights, num_samples) 
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 10**6)), min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_staircase_of_weights_is_within_two_samples_everywhere(steps) -> None:
     shares = [normalised(np.random.default_rng(seed).random(7) ** 4) for _, seed in steps]
     segments = [Segment(size, share) for (size, _), share in zip(steps, shares, strict=True)]
@@ -83,7 +83,7 @@ def test_tiny_weights_are_not_starved() -> None:
 
 
 @given(many_weights, st.integers(1, 2000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pick_and_index_of_are_inverse(weights, num_samples) -> None:
     half = num_samples // 2
     shares = normalised(weights)
@@ -98,7 +98,7 @@ def test_pick_and_index_of_are_inverse(weights, num_samples) -> None:
 
 
 @given(many_weights, st.integers(1, 5000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_phase_total_is_the_largest_remainder_rounding(weights, num_samples) -> None:
     shares = normalised(weights)
     totals = MixtureOrder([Segment(num_samples, shares)]).totals
@@ -127,7 +127,7 @@ def test_largest_segment_does_not_overflow() -> None:
 
 
 @given(st.sampled_from(["linear", "cosine"]), st.integers(1, 5000), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ramp_is_a_staircase_with_the_ramps_own_integral(shape, num_samples, last_share) -> None:
     first, last = np.array([1.0, 0.0]), np.array([1 - last_share, last_share])
     ramp = Ramp(0, num_samples * 8, first, last, shape)

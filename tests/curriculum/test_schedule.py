@@ -32,7 +32,7 @@ START = {"mixture": {"a": 1.0}, "global_batch_tokens": 64, "learning_rate": 1.0}
 
 
 @given(curricula())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_steps_tile_the_run_without_gap_or_overlap(curriculum) -> None:
     schedule = build_schedule(curriculum)
     plans = steps_of(schedule)
@@ -47,7 +47,7 @@ def test_steps_tile_the_run_without_gap_or_overlap(curriculum) -> None:
 
 
 @given(curricula())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_step_mixes_sequence_lengths(curriculum) -> None:
     schedule = build_schedule(curriculum)
     for plan in steps_of(schedule):
@@ -56,7 +56,7 @@ def test_no_step_mixes_sequence_lengths(curriculum) -> None:
 
 
 @given(st.lists(st.integers(8, 3000), min_size=2, max_size=5), st.integers(1, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_boundary_is_honoured_to_one_sample_where_the_length_stays(sizes, batch) -> None:
     curves = {**START, "global_batch_tokens": 8 * batch}
     table = [phase(f"p{i}", size, 8, **(curves if i == 0 else {})) for i, size in enumerate(sizes)]
@@ -67,7 +67,7 @@ def test_boundary_is_honoured_to_one_sample_where_the_length_stays(sizes, batch)
 
 
 @given(curricula())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_run_is_within_half_a_step_and_a_sample_of_the_tokens_asked_for(curriculum) -> None:
     schedule = build_schedule(curriculum)
     asked = sum(p.tokens for p in curriculum.phases)
@@ -143,7 +143,7 @@ def test_first_phase_without_a_curve_is_refused() -> None:
 
 
 @given(curricula(), curricula(), st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_amendment_changes_the_future_only(curriculum, other, where) -> None:
     before = build_schedule(curriculum)
     plans = steps_of(before)
@@ -170,7 +170,6 @@ def test_amendment_off_a_steps_edge_is_refused() -> None:
 
 
 @given(st.sampled_from(["linear", "cosine", "step"]), st.floats(0, 0.9), st.floats(0.01, 0.1))
-@settings(deadline=None)
 def test_mean_progress_is_the_mean_of_progress(shape, start, width) -> None:
     grid = [progress(shape, start + width * (i + 0.5) / 4000) for i in range(4000)]
     assert mean_progress(shape, start, start + width) == pytest.approx(sum(grid) / 4000, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ MODEL = {
 
 
 def write_shard(
-    prefix: Path, documents: Sequence[Sequence[int]], dtype: type[np.integer] = np.uint16
+    prefix: Path,
+    documents: Sequence[Sequence[int]],
+    dtype: type[np.integer] = np.uint16,
+    *,
+    masked: Sequence[int] = (),
 ) -> Path:
-    """One shard of these documents; no manifest."""
+    """One shard of these documents, with so many masked tokens at their starts; no manifest."""
     with ShardWriter(prefix, np.dtype(dtype)) as writer:
-        for document in documents:
-            writer.add_document(document)
+        for document, count in zip_longest(documents, masked, fillvalue=0):
+            writer.add_documents(document, [len(document)], masked=np.array([count]))
     return prefix
 
 

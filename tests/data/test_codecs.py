@@ -26,7 +26,7 @@ def test_haar_decodes_to_something_to_look_at() -> None:
     assert np.mean(found) > 22  # 24.2 over the demo's first 84 clips
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
 def test_haar_is_inverted_as_far_as_its_channels_go(t: int, y: int, x: int, seed: int) -> None:
     codec = HaarCodec()

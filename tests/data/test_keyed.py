@@ -8,7 +8,7 @@ from megatron_curr.data.keyed import below, derive, shuffle, stream_key, uniform
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**63))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shuffle_is_a_permutation_and_unshuffle_its_inverse(size, key) -> None:
     index = np.arange(size)
     sizes, keys = np.full(size, size), np.full(size, key, np.uint64)
@@ -18,7 +18,7 @@ def test_shuffle_is_a_permutation_and_unshuffle_its_inverse(size, key) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**40), st.integers(0, 2**63)), min_size=1, max_size=50))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_elements_of_one_call_do_not_see_each_other(items) -> None:
     sizes = np.array([size for size, _ in items])
     keys = np.array([key for _, key in items], np.uint64)

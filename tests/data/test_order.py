@@ -55,14 +55,14 @@ def flat(**curves: object) -> Curriculum:
 
 
 @given(curricula(), sizes)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_token_is_read_twice_in_an_epoch(curriculum, tokens) -> None:
     order = build(curriculum, tokens)
     assert_no_replay(order, everything(order))
 
 
 @given(curricula(), sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_epochs_of_a_source_follow_each_other(curriculum, tokens) -> None:
     order = build(curriculum, tokens)
     samples = everything(order)
@@ -72,7 +72,7 @@ def test_epochs_of_a_source_follow_each_other(curriculum, tokens) -> None:
 
 
 @given(curricula(max_samples=150), sizes, st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_positions_of_finds_each_sample_again(curriculum, tokens, pick) -> None:
     order = build(curriculum, tokens)
     samples = everything(order)
@@ -88,7 +88,7 @@ def test_positions_of_finds_each_sample_again(curriculum, tokens, pick) -> None:
 
 
 @given(curricula(), sizes, st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_order_does_not_depend_on_how_it_is_asked(curriculum, tokens, pick) -> None:
     order = build(curriculum, tokens)
     whole = everything(order)
@@ -99,7 +99,7 @@ def test_order_does_not_depend_on_how_it_is_asked(curriculum, tokens, pick) -> N
 
 
 @given(curricula(), sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_counts_agree_with_the_samples(curriculum, tokens) -> None:
     order = build(curriculum, tokens)
     samples = everything(order)
@@ -113,7 +113,7 @@ def test_counts_agree_with_the_samples(curriculum, tokens) -> None:
 
 
 @given(curricula(), curricula(), sizes, st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_amendment_moves_no_sample_before_it_and_replays_none_after(
     curriculum, other, tokens, where
 ) -> None:

@@ -14,7 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_curr.data.idx_format import bin_path, idx_path, map_bytes
+from megatron_curr.data.idx_format import (
+    bin_path,
+    idx_path,
+    map_bytes,
+    masked_path,
+    token_dtype,
+)
 from megatron_curr.data.manifest import Manifest, write_manifest
 from megatron_curr.data.shards import ShardWriter, check_vocabulary, open_shards
 from megatron_curr.errors import DataError
@@ -23,6 +29,7 @@ from tests.data.corpora import write_shard
 torch = pytest.importorskip("torch")
 
 from megatron.core.datasets.indexed_dataset import (  # noqa: E402 - after the torch check
+    DType,
     IndexedDataset,
     IndexedDatasetBuilder,
 )
@@ -43,7 +50,7 @@ def build_with_megatron(prefix: Path, corpus: list[list[list[int]]], dtype: type
 
 
 @given(st.lists(documents, min_size=1, max_size=3), st.sampled_from(DTYPES), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_and_spans_equal_megatrons_reader(corpora, dtype, data) -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -98,7 +105,7 @@ def assert_equal_to_megatron(root: Path, corpora: list[list[list[list[int]]]], d
     st.lists(st.lists(st.integers(0, 60_000), max_size=30), min_size=1, max_size=20),
     st.sampled_from([np.uint16, np.int32]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_writer_makes_the_bytes_of_megatrons_builder(corpus, dtype) -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -111,6 +118,11 @@ def test_writer_makes_the_bytes_of_megatrons_builder(corpus, dtype) -> None:
             writer.add_documents(flat, [len(document) for document in corpus])
         assert idx_path(root / "at_once").read_bytes() == idx_path(root / "ours").read_bytes()
         assert bin_path(root / "at_once").read_bytes() == bin_path(root / "ours").read_bytes()
+
+
+def test_the_token_type_is_the_one_megatron_takes() -> None:
+    for vocab_size in (1, 65_499, 65_500, 65_536, 70_000, 2**31):
+        assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
 
 
 def manifest_of(folder: Path, documents_of: dict[str, list[list[int]]]) -> Manifest:
@@ -127,7 +139,7 @@ def manifest_of(folder: Path, documents_of: dict[str, list[list[int]]]) -> Manif
 
 
 @given(st.sampled_from([".bin", ".idx"]), st.floats(0, 1, exclude_max=True), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_cut_short_anywhere_is_named(suffix, at, with_manifest) -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -141,6 +153,29 @@ def test_a_file_cut_short_anywhere_is_named(suffix, at, with_manifest) -> None:
         with pytest.raises(DataError, match="again") as caught:
             open_shards(folder)
         assert f"{root / 'a'}." in str(caught.value)
+
+
+def test_a_list_of_masked_tokens_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    prefix = write_shard(tmp_path / "a", [[1, 2], [3]], masked=[1])
+    assert open_shards(tmp_path).masked_spans(0, 3) == [(0, 1)]
+    os.truncate(masked_path(prefix), 4)
+    with pytest.raises(DataError, match=r"a\.masked: 4 bytes, but 2 documents need 8.*again"):
+        open_shards(tmp_path)
+    with ShardWriter(prefix, np.dtype(np.uint16)) as writer:
+        writer.add_documents([1, 2, 3], [2, 1], masked=np.array([0, 1]))
+    assert writer.record is not None and writer.record.masked_sha256
+    write_manifest(tmp_path, Manifest("uint16", None, (writer.record,)))
+    assert open_shards(tmp_path).masked_spans(1, 2) == [(1, 2)]
+    masked_path(prefix).unlink()
+    with pytest.raises(DataError, match=r"a\.masked: no such file"):
+        open_shards(tmp_path)
+
+
+def test_a_shard_written_over_leaves_no_masked_tokens_behind(tmp_path: Path) -> None:
+    prefix = write_shard(tmp_path / "a", [[1, 2], [3]], masked=[1])
+    write_shard(prefix, [[1, 2], [3]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+    assert not open_shards(tmp_path).has_masked
 
 
 @pytest.mark.parametrize(

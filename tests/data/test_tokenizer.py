@@ -46,13 +46,13 @@ def bytes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sentencepiece_gives_any_text_back(pieces: Tokenizer, text: str) -> None:
     assert pieces.decode(pieces.encode(text)) == text
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_byte_level_gives_any_text_back(bytes_folder: Path, text: str) -> None:
     tokenizer = load_tokenizer(bytes_folder)
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +26,15 @@ from megatron_curr.errors import DataError
 from megatron_curr.plan.video_flops import sample_flops
 from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_schema import VideoRecipe
-from tests.training.tiny_video import video_recipe_values, write_video_corpus
+from megatron_curr.training.video_evaluate import VideoEvaluator
+from tests.data.video_folders import write_drawn_folder
+from tests.training.tiny_video import (
+    BUCKETS,
+    CODEC,
+    TEXT,
+    video_recipe_values,
+    write_video_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +205,67 @@ def test_shards_of_another_codec_or_shape_are_refused(
         target = target[section]
     target[last] = value
     with pytest.raises(DataError, match=message):
+        open_video_data(VideoRecipe.model_validate(values))
+
+
+@pytest.mark.parametrize("side", ["train", "heldout"])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"codec": {"std": (2.0,) * 4}}, "made with codec .* whose std differ"),
+        ({"codec": {"sha256": "f" * 64}}, "made with codec .* whose sha256 differ"),
+        ({"text": {"sha256": "f" * 64}}, "made with text_encoder .* whose sha256 differ"),
+    ],
+)
+def test_shards_of_another_normalisation_or_encoder_than_the_others_are_refused(
+    corpus: Path, tmp_path: Path, side: str, record: dict[str, dict[str, Any]], message: str
+) -> None:
+    """Latents of one size, so that nothing but the record tells."""
+    films = {name: BUCKETS[name] for name in ("clip", "wide")}
+    made_by = {
+        "codec": dataclasses.replace(CODEC, **record.get("codec", {})),
+        "text": dataclasses.replace(TEXT, **record.get("text", {})),
+    }
+    write_drawn_folder(tmp_path / "films", dict.fromkeys(films, 20), buckets=films, **made_by)
+    values = video_recipe_values(corpus, corpus / "run")
+    key = {"train": "shards", "heldout": "heldout"}[side]
+    values["data"]["sources"]["films"][key] = str(tmp_path / "films")
+    with pytest.raises(DataError, match=message):
+        open_video_data(VideoRecipe.model_validate(values))
+
+
+def test_heldout_shards_may_lack_a_bucket_and_it_is_said_once(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts, shapes = {"image": 5, "clip": 0}, {name: BUCKETS[name] for name in ("image", "clip")}
+    write_drawn_folder(tmp_path / "held", counts, buckets=shapes, codec=CODEC, text=TEXT)
+    values = video_recipe_values(corpus, corpus / "run")
+    values["data"]["sources"]["shapes"]["heldout"] = str(tmp_path / "held")
+    recipe = VideoRecipe.model_validate(values)
+    data = open_video_data(recipe)
+    order = build_video_order(recipe, data, open_ledger(recipe.curriculum))
+    groups = {
+        order.cells[group // len(HELDOUT_TIMESTEPS)].name
+        for batch in heldout_batches(recipe, order.cells, data.heldout)
+        for group in batch.group_B.tolist()
+    }
+    assert groups == {"shapes/image", "films/clip", "films/wide"}
+    with caplog.at_level(logging.WARNING):
+        evaluator = VideoEvaluator(recipe, order.cells, data.heldout, groups=None)
+    assert evaluator.has_sources
+    assert [record.getMessage() for record in caplog.records] == [
+        "no held-out sample of shapes/clip: not evaluated (preprocess-video holds more files out "
+        "with a higher --heldout-frac)"
+    ]
+
+
+def test_heldout_shards_that_preprocessing_did_not_write_are_named_with_what_helps(
+    corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus / "films" / "train", tmp_path / "films" / "train")
+    values = video_recipe_values(corpus, corpus / "run")
+    values["data"]["sources"]["films"]["heldout"] = str(tmp_path / "films" / "heldout")
+    with pytest.raises(DataError, match=r"films\.heldout: .*raise its --heldout-frac"):
         open_video_data(VideoRecipe.model_validate(values))
 
 

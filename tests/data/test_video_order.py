@@ -59,13 +59,13 @@ def assert_no_replay(order: VideoOrder) -> None:
 
 
 @given(video_recipes(max_phases=2), st.lists(st.integers(12, 60), min_size=5, max_size=5))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_cell_is_read_whole_before_any_clip_again_across_phases(recipe, sizes) -> None:
     assert_no_replay(order_of(recipe, dict(zip(CLIPS, sizes, strict=True))))
 
 
 @given(video_recipes(max_phases=2))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_position_to_clip_and_back(recipe) -> None:
     order = order_of(recipe)
     for cell, rows in visits(order).items():

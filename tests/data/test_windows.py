@@ -20,34 +20,42 @@ from tests.data.corpora import write_shard
 EOD = 0
 
 
-def one_by_one(stream: list[int], starts: set[int], first: int, length: int) -> dict[str, list]:
-    """A row with its documents isolated, token by token as the definition says."""
-    row: dict[str, list] = {"mask": [], "document": []}
+# A document and how many tokens at its start carry no loss; a shard, perhaps without any such.
+text_and_masked = st.tuples(st.lists(st.integers(1, 90), max_size=9), st.integers(0, 10))
+texts_and_masked = st.lists(text_and_masked, min_size=1, max_size=8)
+plain_texts = texts_and_masked.map(lambda corpus: [(text, 0) for text, _ in corpus])
+
+
+def one_by_one(
+    starts: set[int], masked: set[int], first: int, length: int
+) -> dict[str, list[float]]:
+    """A row token by token as the definition says, with its documents isolated or not."""
+    row: dict[str, list[float]] = {"plain": [], "isolated": [], "document": []}
     document = 0
     for token in range(first, first + length):
         document += token > first and token in starts
-        row["mask"].append(0.0 if token + 1 in starts else 1.0)
+        row["plain"].append(float(token + 1 not in masked))
+        row["isolated"].append(float(token + 1 not in masked | starts))
         row["document"].append(document)
     return row
 
 
-@given(
-    st.lists(
-        st.lists(st.lists(st.integers(1, 90), max_size=9), min_size=1, max_size=8),
-        min_size=1,
-        max_size=3,
-    ),
-    st.data(),
-)
-@settings(max_examples=60, deadline=None)
-def test_isolated_windows_equal_the_definition(corpora, data) -> None:
+@given(st.lists(texts_and_masked | plain_texts, min_size=1, max_size=3), st.data())
+@settings(max_examples=60)
+def test_windows_equal_the_definition(corpora, data) -> None:
     with TemporaryDirectory() as folder:
-        documents = [[[*document, EOD] for document in corpus] for corpus in corpora]
-        for number, corpus in enumerate(documents):
-            write_shard(Path(folder) / f"s{number}", corpus)
-        stream = [token for corpus in documents for document in corpus for token in document]
-        lengths = [len(document) for corpus in documents for document in corpus]
-        starts = set(np.cumsum([0, *lengths[:-1]]).tolist())
+        stream: list[int] = []
+        starts: set[int] = set()
+        masked: set[int] = set()
+        for number, corpus in enumerate(corpora):
+            documents = [[*text, EOD] for text, _ in corpus]
+            counts = [min(count, len(text) + 1) for text, count in corpus]
+            write_shard(Path(folder) / f"s{number}", documents, masked=counts)
+            assert (Path(folder) / f"s{number}.masked").exists() == any(counts)
+            for document, count in zip(documents, counts, strict=True):
+                starts.add(len(stream))
+                masked.update(range(len(stream), len(stream) + count))
+                stream += document
         length = data.draw(st.integers(1, max(len(stream) - 1, 1)))
         if len(stream) <= length:
             return
@@ -59,12 +67,12 @@ def test_isolated_windows_equal_the_definition(corpora, data) -> None:
         windows = cut_rows(rows, length, isolate_documents=True)
         plain = cut_rows(rows, length)
     assert windows.document_ids_BS is not None and plain.document_ids_BS is None
-    assert (plain.loss_mask_BS == 1).all()
     for number, first in enumerate(firsts):
-        expected = one_by_one(stream, starts, first, length)
+        expected = one_by_one(starts, masked, first, length)
         assert windows.tokens_BS[number].tolist() == stream[first : first + length]
         assert windows.labels_BS[number].tolist() == stream[first + 1 : first + length + 1]
-        assert windows.loss_mask_BS[number].tolist() == expected["mask"]
+        assert windows.loss_mask_BS[number].tolist() == expected["isolated"]
+        assert plain.loss_mask_BS[number].tolist() == expected["plain"]
         assert windows.document_ids_BS[number].tolist() == expected["document"]
         # No label leads from one document into the next.
         for left, right in pairwise(range(length)):

@@ -47,6 +47,13 @@ def test_filters(expression: str, kept: bool | str) -> None:
     assert Filter(expression)({**row, "date": "2021", "a-b": 1, "zero": 0}) == kept
 
 
+def test_the_text_is_in_the_field_that_was_named(tmp_path: Path) -> None:
+    rows = [{"body": "this", "text": "not that"}, {"text": "nor that"}]
+    summary, table, options = preprocessed(tmp_path, rows, text_field="body")
+    assert small_tokenizer().decode(table[0]["ids"]) == "this" and options["text_field"] == "body"
+    assert summary.rejects == {"no field 'body'": 1}
+
+
 def test_filtered_documents_are_counted_and_bad_ones_rejected(tmp_path: Path) -> None:
     rows = [
         {"text": "one", "quality": 0.9, "age": 3},

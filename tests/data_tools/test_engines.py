@@ -61,7 +61,7 @@ def test_fast_engines_equal_the_reference_on_any_text(
     fast = {mode: load_engine(tokenizer, engine, special_tokens=mode) for mode in ("text", "allow")}
 
     @given(st.lists(text, min_size=1, max_size=6))
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     def check(texts: list[str]) -> None:
         for mode, found in fast.items():
             truth = tokenizer.encode_batch(texts, allow_special=mode == "allow")

@@ -138,6 +138,15 @@ def test_bad_rows_are_counted_and_listed_and_the_next_is_read(tmp_path: Path) ->
     assert not (tmp_path / "b").exists()
 
 
+def test_a_run_that_goes_wrong_stops_before_its_end(tmp_path: Path) -> None:
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text("no json\n" * 4_000 + '{"text": "fine"}\n' * 4_000)
+    with pytest.raises(DataError, match="1,000 of 1,000 rows rejected"):
+        run([corpus], tmp_path / "a", unit_bytes=4_000, max_reject_frac=0.6)
+    assert len(list((tmp_path / "a.partial" / "units").iterdir())) < 3
+    assert not (tmp_path / "a").exists()
+
+
 def test_wrong_input_writes_nothing(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3])
     (tmp_path / "bad.jsonl").write_text("no json\n")

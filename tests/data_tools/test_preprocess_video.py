@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -16,10 +18,13 @@ import pytest
 from PIL import Image
 
 import data_tools.preprocess_video as tool
+import data_tools.video_units as units
 from data_tools.preprocess_video import preprocess_video
+from data_tools.slurm_array import commands_of
 from data_tools.video_clips import REASONS, ClipOptions
-from data_tools.video_frames import Bucket
+from data_tools.video_frames import Bucket, fit
 from data_tools.video_inputs import find_items
+from data_tools.workers import Desk
 from megatron_curr.cli import main
 from megatron_curr.data.codecs import HaarCodec
 from megatron_curr.data.video_shards import open_video_shards
@@ -31,7 +36,7 @@ CLIP32, CLIP64, IMAGE = (
     Bucket("clip64", 64, 64, 8),
     Bucket("image32", 32, 32, 1),
 )
-OPTIONS = ClipOptions(fps=16, heldout_frac=0.25)
+OPTIONS = ClipOptions(fps=16.0, heldout_frac=0.25)
 ROOT = Path(__file__).parents[2]
 
 
@@ -99,15 +104,39 @@ def test_workers_tasks_and_order_of_tasks_change_no_byte(
     run(media, tmp_path / "workers", workers=2)
     for task in (2, 0, 1):
         summary = run(media, tmp_path / "tasks", task=task, num_tasks=3)
-        assert not summary.finished and not (tmp_path / "tasks").exists()
-    assert run(media, tmp_path / "tasks", only_finish=True).finished
+        assert summary.state == "task done" and not (tmp_path / "tasks").exists()
+    assert run(media, tmp_path / "tasks", finish=True).state == "done"
     assert content(tmp_path / "workers") == content(tmp_path / "tasks") == content(whole)
+
+
+def test_the_commands_of_an_array_of_three_give_the_bytes_of_one_process(
+    media: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["preprocess-video", str(media), "--output", str(tmp_path / "shapes")]
+    command += ["--bucket", "clip32=32x32x16", "--bucket", "clip64=64x64x8"]
+    command += ["--bucket", "image32=32x32", "--fps", "16", "--heldout-frac", "0.25"]
+    *tasks, joining = commands_of(command, num_tasks=3)
+    assert len(tasks) == 3
+    for words in [*reversed(tasks), joining]:
+        assert not (tmp_path / "shapes").exists()
+        assert main(words) == 0
+    assert content(tmp_path / "shapes") == content(whole)
+    # Slurm starts a job again whose node was lost, even one that had ended.
+    for words in (tasks[1], joining):
+        capsys.readouterr()
+        assert main(words) == 0
+        assert "already done" in capsys.readouterr().out
+    assert not (tmp_path / "shapes.partial").exists()
+    assert main([*command, "--slurm-array", "3"]) == 0  # nothing is left to submit
+    assert "already done" in capsys.readouterr().out
 
 
 def test_finishing_before_every_task_is_done_is_refused(media: Path, tmp_path: Path) -> None:
     run(media, tmp_path / "out", task=1, num_tasks=3)
     with pytest.raises(DataError, match=r"2 of 3 units are not done \(0, 2\)"):
-        run(media, tmp_path / "out", only_finish=True)
+        run(media, tmp_path / "out", finish=True)
+    with pytest.raises(DataError, match="--task and --finish: give one"):
+        run(media, tmp_path / "out", task=0, num_tasks=3, finish=True)
 
 
 def test_a_killed_run_goes_on_where_it_was(
@@ -129,14 +158,74 @@ def test_a_killed_run_goes_on_where_it_was(
     written: list[int] = []
     original = tool.write_unit
 
-    def counted(unit: tool.Unit, counters: object) -> dict[str, int]:
+    def counted(unit: units.Unit, desk: Desk) -> dict[str, int]:
         written.append(unit.number)
-        return original(unit, counters)
+        return original(unit, desk)
 
     monkeypatch.setattr(tool, "write_unit", counted)
     run(media, output)
     assert 0 < len(written) <= 2  # finished units are not done again
     assert content(output) == content(whole)
+
+
+def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
+    media: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "shapes"
+    run(media, output, buckets=[IMAGE])
+    before = content(output)
+    original = units.sync_folder
+    for room in (4, 8):  # in the first unit, and in the second
+
+        def full(path: Path) -> None:
+            nonlocal room
+            room -= 1
+            if room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            original(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(units, "sync_folder", full)
+            with pytest.raises(DataError, match="the disk is full; nothing was published"):
+                run(media, output, overwrite=True)
+        assert content(output) == before
+    finished = tmp_path / "shapes.partial" / "units"
+    assert [folder.name for folder in finished.iterdir()] == ["000000"]
+    run(media, output, overwrite=True)
+    assert content(output) == content(whole)
+
+
+def test_two_runs_at_once_are_refused(media: Path, tmp_path: Path) -> None:
+    run(media, tmp_path / "out", task=0, num_tasks=3)
+    with open(tmp_path / "out.partial" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another run is at work"):
+            run(media, tmp_path / "out")
+
+
+def test_rotated_and_varying_clips_are_stored_as_they_are_seen(tmp_path: Path) -> None:
+    high = np.ascontiguousarray(shapes(3)[:, :48])
+    rotate(write_clip(tmp_path / "turned.mp4", high), 1)
+    slow = shapes(4)[:8]
+    times = [0, 1, 2, 5, 6, 9, 12, 15]
+    write_clip(tmp_path / "varying.webm", slow, times=times)
+    for name in ("turned", "varying"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    options = ClipOptions(fps=16, heldout_frac=0)
+    shards_of = tmp_path / "out"
+    run(tmp_path, shards_of, buckets=[Bucket("high", 32, 16, 16), CLIP32], options=options)
+    shards = open_video_shards(shards_of / "train")
+    seen = np.rot90(high, -1, axes=(1, 2))
+    shown = slow[np.searchsorted(times, np.arange(16), side="right") - 1]
+    for bucket, caption, frames in (
+        (Bucket("high", 32, 16, 16), "turned", seen),
+        (CLIP32, "varying", shown),
+    ):
+        clips = map(shards.read, shards.clips_of(bucket.name).tolist())
+        latents = next(clip.latents_CTYX for clip in clips if clip.caption == caption)
+        expected = np.stack([fit(frame, bucket) for frame in frames])
+        through = HaarCodec().decode(HaarCodec().encode(expected))
+        assert np.abs(HaarCodec().decode(latents).astype(int) - through).mean() < 3
 
 
 def test_what_is_not_taken_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
@@ -253,6 +342,9 @@ def test_folders_of_others_and_half_done_runs_are_left_alone(media: Path, tmp_pa
     run(media, tmp_path / "out", task=0, num_tasks=3)
     with pytest.raises(DataError, match="left by a run with other inputs or options"):
         run(media, tmp_path / "out", buckets=[CLIP32])
+    assert run(media, tmp_path / "out", buckets=[IMAGE], overwrite=True).state == "done"
+    with pytest.raises(DataError, match="already there, from other input or options"):
+        run(media, tmp_path / "out", buckets=[CLIP32])
     with pytest.raises(DataError, match="nowhere: not there"):
         run(tmp_path / "nowhere", tmp_path / "new")
 
@@ -265,5 +357,10 @@ def test_the_verb_prints_json_and_exits_2_for_a_mistake(
     shapes_wanted = ["--bucket", "clip32=32x32x16", "--fps", "16", "--heldout-frac", "0", "--json"]
     assert main([*arguments, *shapes_wanted]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == {"train": {"clip32": 1}}
+    assert main([*arguments, *shapes_wanted]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "already done"
+    (media / "00.txt").write_text("another caption")
     assert main([*arguments, *shapes_wanted]) == 2
     assert "already there" in capsys.readouterr().err
+    assert main([*arguments, *shapes_wanted, "--overwrite", "--slurm-array", "2"]) == 2
+    assert "--slurm-array needs the cluster's --profile" in capsys.readouterr().err

@@ -9,13 +9,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from data_tools import workers as workers_module
-from data_tools.workers import WorkerDied
+from data_tools import publish
 from megatron_curr.errors import DataError
 from tests.data_tools.text_corpora import TEXTS, everything_in, run, small_tokenizer, write_jsonl
 
@@ -24,6 +24,7 @@ HOW = {
     "shard_tokens": 900,
     "unit_bytes": 4_000,
     "metadata": ("id:int",),
+    "metadata_prefix": ("id",),
     "deduplicate": True,
 }
 
@@ -122,27 +123,54 @@ def test_finished_units_are_not_made_again_and_a_mended_file_is(
     assert summary.units - 2 <= summary.units_kept < summary.units
 
 
-def test_a_dead_worker_fails_the_run_and_the_next_goes_on(
+KILL_WHOEVER_READS = """
+import multiprocessing, os, signal, sys
+
+def die(event, arguments):
+    if event == "open" and str(arguments[0]) == {file!r} and multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+"""
+
+
+def test_a_killed_worker_fails_the_command_which_names_the_file_and_goes_on(
+    tmp_path: Path, corpus: list[Path]
+) -> None:
+    last = write_jsonl(tmp_path / "last.jsonl", TEXTS[150:])  # a unit of its own
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(KILL_WHOEVER_READS.format(file=str(last)))
+    command = [sys.executable, "-m", "megatron_curr", "preprocess", *map(str, corpus), str(last)]
+    command += ["--tokenizer", str(small_tokenizer().path), "--output", str(tmp_path / "prose")]
+    command += ["--workers", "2", "--engine", "reference", "--unit-bytes", "4k"]
+    paths = [str(tmp_path / "hook"), *filter(None, sys.path)]
+    hooked = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    died = subprocess.run(command, env=hooked, capture_output=True, text=True, check=False)
+    assert died.returncode == 1
+    assert "error: a worker process died (killed, or out of memory)" in died.stderr
+    assert f"while it worked on {last}: nothing was published" in died.stderr
+    assert "Traceback" not in died.stderr and died.stdout == ""
+    assert not (tmp_path / "prose").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stderr.count("error")) == (0, 0)
+    assert "units were there" in again.stdout
+    run([*corpus, last], tmp_path / "whole" / "prose")
+    for name, content in everything_in(tmp_path / "whole" / "prose").items():
+        if "manifest" not in name:  # which says how large the units were
+            assert (tmp_path / "prose" / name).read_bytes() == content
+
+
+def test_what_a_run_killed_while_tidying_up_left_is_not_taken_for_shards(
     tmp_path: Path, corpus: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = []
-    original = workers_module.ProcessPoolExecutor.submit
-
-    def submit_and_kill(pool, *arguments):
-        future = original(pool, *arguments)
-        if not killed and len(pool._processes) == 2:
-            killed.append(sorted(pool._processes)[0])
-            os.kill(killed[0], signal.SIGKILL)
-        return future
-
+    output = tmp_path / "prose"
     with monkeypatch.context() as patched:
-        patched.setattr(workers_module.ProcessPoolExecutor, "submit", submit_and_kill)
-        with pytest.raises(WorkerDied, match="nothing was published"):
-            run(corpus, tmp_path / "prose", num_workers=2, **HOW)
-    assert killed and not (tmp_path / "prose").exists()
-    run(corpus, tmp_path / "prose", **HOW)
-    run(corpus, tmp_path / "whole" / "prose", **HOW)
-    assert everything_in(tmp_path / "prose") == everything_in(tmp_path / "whole" / "prose")
+        patched.setattr(publish, "discard", lambda run: None)
+        run(corpus[:1], output, **HOW)
+    expected = everything_in(output)
+    shutil.rmtree(output)
+    run(corpus[:1], output, **HOW)
+    assert everything_in(output) == expected
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path, corpus: list[Path]) -> None:

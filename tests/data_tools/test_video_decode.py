@@ -10,7 +10,7 @@ from PIL import Image
 from data_tools.video_decode import Unreadable, opened
 from data_tools.video_frames import Bucket, at_rate, fit, misfit, motion_of, sharpness_of
 from megatron_curr.errors import DataError
-from tests.data_tools.video_files import rotate, shapes, write_clip, write_sound
+from tests.data_tools.video_files import rotate, shapes, write_clip, write_nothing, write_sound
 
 needs_dali = pytest.mark.skipif(
     importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
@@ -112,7 +112,9 @@ def broken_files(folder: Path) -> list[Path]:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     write_sound(folder / "sound.mov")
-    return [*(folder / name for name in contents), folder / "sound.mov", folder / "missing.mp4"]
+    write_nothing(folder / "nothing.mov")
+    others = ("sound.mov", "nothing.mov", "missing.mp4")
+    return [folder / name for name in (*contents, *others)]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -7,6 +7,10 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
 from data_tools.preprocess_text import Options, RunSettings, Summary, preprocess
 from data_tools.train_tokenizer import train_tokenizer
 from megatron_curr.data.tokenizer import Tokenizer
@@ -55,6 +59,17 @@ def run(
         overwrite=overwrite,
         show_progress=False,
     )
+
+
+def marked_as_masked(folder: Path) -> NDArray[np.bool_]:
+    """Of each token of a folder's shards, whether the document tables say it carries no loss."""
+    marks = []
+    for table in sorted(folder.glob("*.documents.parquet")):
+        rows = pq.read_table(table).to_pylist()
+        marks.append(np.zeros(sum(row["num_tokens"] for row in rows), np.bool_))
+        for row in rows:
+            marks[-1][row["first_token"] :][: row["masked_tokens"]] = True
+    return np.concatenate(marks)
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:

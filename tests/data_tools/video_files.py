@@ -65,3 +65,12 @@ def write_sound(path: Path) -> Path:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_nothing(path: Path) -> Path:
+    """A film of no frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width = stream.height = 32
+        container.start_encoding()
+    return path

@@ -73,7 +73,7 @@ def keys_by_hand(lengths: list[int], seq_length: int) -> float:
     return sum(seen) / len(seen)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 10))
 def test_keys_inside_documents_are_counted_by_hand(lengths: list[int], seq_length: int) -> None:
     counted = keys_in_documents(np.array(lengths), seq_length)

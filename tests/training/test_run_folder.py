@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_curr.curriculum.ledger import amend, append_entries, open_ledger
+from megatron_curr.data import manifest
 from megatron_curr.data.shards import ShardWriter
 from megatron_curr.errors import CheckpointError, DataError, RecipeError
 from megatron_curr.incarnation.fence import Pen
@@ -178,6 +179,19 @@ def test_ids_of_another_tokenizer_are_found_before_anything_is_written(
     with pytest.raises(DataError, match=r"other.bin: token \d+ has id 5000, but the vocabulary"):
         prepare(load_recipe(recipe), 1)
     assert not (runs.folder / "foreign").exists()
+
+
+def test_shards_that_another_tokenizer_made_are_refused(runs: Runs, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "other" / "a", np.dtype(np.uint16)) as writer:
+        writer.add_document(np.full(100_000, 5))
+    assert writer.record is not None
+    made_by = manifest.TokenizerRecord("elsewhere.model", "ab" * 32, 320, 2)
+    made = manifest.Manifest("uint16", made_by, (writer.record,))
+    manifest.write_manifest(tmp_path / "other", made)
+    recipe = runs.recipe("other", {"data.sources.code.shards": str(tmp_path / "other")})
+    with pytest.raises(DataError, match=r"code: made with the tokenizer elsewhere.model, .*abab"):
+        prepare(load_recipe(recipe), 1)
+    assert not (runs.folder / "other").exists()
 
 
 def test_a_missing_package_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

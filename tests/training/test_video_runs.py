@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_curr.errors import CheckpointError
+from megatron_curr.recipe.load import load_recipe
+from megatron_curr.training.preflight import prepare
 from tests.ranks import run_ranks
 from tests.training.runs import newest_tensors, rows, train_rank
 from tests.training.tiny import write_recipe
-from tests.training.tiny_video import video_recipe_values, write_video_corpus
+from tests.training.tiny_video import (
+    CHANNELS,
+    CODEC,
+    TEXT,
+    video_recipe_values,
+    write_video_corpus,
+)
 
 LOSS = "train/flow_mse"
 TOLERANCE, NUM_STEPS = 2e-5, 4
@@ -80,6 +91,36 @@ def test_resume_on_the_same_layout_is_exact_to_the_bit(
     assert rows(resumed, LOSS) == rows(unbroken, LOSS)
     assert rows(resumed, "eval/shapes/flow_mse") == rows(unbroken, "eval/shapes/flow_mse")
     assert newest_tensors(resumed) == newest_tensors(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"codec": dataclasses.replace(CODEC, mean=(0.5,) * CHANNELS)}, "with another codec, or"),
+        ({"text": dataclasses.replace(TEXT, sha256="f" * 64)}, "with another text encoder, or"),
+    ],
+)
+def test_resume_on_shards_of_another_space_is_refused(
+    runs: VideoRuns, stopped: Path, record: dict[str, Any], message: str
+) -> None:
+    """As many samples of the same shapes, all of them encoded anew."""
+    corpus = runs.folder / f"corpus_{next(iter(record))}"
+    write_video_corpus(corpus, **record)
+    values = video_recipe_values(corpus, stopped)
+    there, here = runs.folder / "corpus", corpus
+    before = sorted(path.name for path in stopped.iterdir())
+    for source in values["data"]["sources"]:
+        os.rename(there / source, there / f"{source}.old")
+        os.symlink(here / source, there / source)
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            prepare(load_recipe(runs.folder / "stopped.yaml"), 1)
+    finally:
+        for source in values["data"]["sources"]:
+            os.unlink(there / source)
+            os.rename(there / f"{source}.old", there / source)
+    assert prepare(load_recipe(runs.folder / "stopped.yaml"), 1).encoders
+    assert sorted(path.name for path in stopped.iterdir()) == before
 
 
 @pytest.mark.parametrize(

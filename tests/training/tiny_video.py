@@ -31,7 +31,9 @@ MODEL = {
 }
 
 
-def write_video_corpus(folder: Path) -> None:
+def write_video_corpus(
+    folder: Path, *, codec: CodecRecord = CODEC, text: TextRecord = TEXT
+) -> None:
     """Two sources of drawn latents, each with its held-out part."""
     for number, (name, buckets) in enumerate(SOURCES.items()):
         for split, share in (("train", 1), ("heldout", 4)):
@@ -39,8 +41,8 @@ def write_video_corpus(folder: Path) -> None:
                 folder / name / split,
                 {bucket: COUNTS[bucket] // share for bucket in buckets},
                 buckets={bucket: BUCKETS[bucket] for bucket in buckets},
-                codec=CODEC,
-                text=TEXT,
+                codec=codec,
+                text=text,
                 seed=10 * number + share,
             )
 

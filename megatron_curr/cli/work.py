@@ -1,0 +1,58 @@
+"""How the verbs that preprocess share their work out: processes, tasks, a Slurm array."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WORK = "How the work is done"
+
+
+def option(panel: str, *names: str, **settings: Any) -> Any:
+    """An option in its part of the help page."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+NumWorkers = Annotated[int, option(WORK, min=1, help="Processes on this machine.")]
+NumTasks = Annotated[int, option(WORK, min=1, help="Share the work among this many.")]
+TaskNumber = Annotated[
+    int | None, option(WORK, min=0, help="Do the share of this task only, counted from 0.")
+]
+Finish = Annotated[
+    bool, option(WORK, "--finish", help="Join what the tasks made, and do nothing else.")
+]
+SlurmArray = Annotated[
+    int | None,
+    option(WORK, min=1, metavar="N", help="Submit this as N Slurm tasks and a job that joins."),
+]
+ClusterProfile = Annotated[
+    Path | None, option(WORK, help="The cluster's profile, in YAML, for --slurm-array.")
+]
+
+
+@contextmanager
+def told_death() -> Iterator[None]:
+    """Exit code 1 and one message where a worker died."""
+    from data_tools.workers import WorkerDied
+
+    try:
+        yield
+    except WorkerDied as death:
+        typer.echo(f"error: {death}", err=True)
+        raise typer.Exit(1) from None
+
+
+def submit_here(output: Path, profile: Path | None, *, num_tasks: int, cpus: int) -> None:
+    """Submit the command that was typed as so many tasks and a job that joins them."""
+    from data_tools.slurm_array import submit_tasks, without_options
+
+    if profile is None:
+        raise typer.BadParameter("--slurm-array needs the cluster's --profile")
+    command = without_options(sys.argv[1:], ("--slurm-array", "--profile"))
+    tasks, finish = submit_tasks(command, profile, output=output, num_tasks=num_tasks, cpus=cpus)
+    typer.echo(f"submitted {num_tasks} tasks as array {tasks}, and {finish}, which joins them")
