@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,18 +61,23 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def train_with_one_that_stops(rank: int, recipe: str) -> None:
+def wait_for_nothing() -> None:
+    """As a lock that nobody gives back."""
+    threading.Event().wait()
+
+
+def train_with_one_that_hangs(rank: int, recipe: str, how: Callable[[], None]) -> None:
     if rank == 1:
-        within_step(8, stop)
+        within_step(8, how)
     train_rank(rank, recipe, 2, None)
 
 
-def test_a_rank_that_hangs_ends_the_job_with_stacks_and_is_named(
+def test_a_rank_that_is_stopped_ends_the_job_with_stacks_and_is_named(
     runs: Runs, unbroken: Path
 ) -> None:
     recipe, run = runs.recipe("hung", HANGING), runs.folder / "hung"
     with pytest.raises(RankError):
-        run_ranks(train_with_one_that_stops, 2, str(recipe), timeout_s=40.0)
+        run_ranks(train_with_one_that_hangs, 2, str(recipe), stop, timeout_s=40.0)
     record = conclude(run)
     assert record is not None
     assert (record.verdict, record.cause, record.suspect_ranks) == ("continue", "hang", (1,))
@@ -82,6 +89,19 @@ def test_a_rank_that_hangs_ends_the_job_with_stacks_and_is_named(
     assert newest_tensors(run) == newest_tensors(unbroken)
     last = records(run)[-1]
     assert last.lost_tokens == 256 * (record.step - last.resumed_step)
+
+
+def test_a_rank_that_waits_for_nothing_says_where_it_stands(runs: Runs) -> None:
+    recipe, run = runs.recipe("waiting", HANGING), runs.folder / "waiting"
+    with pytest.raises(RankError):
+        run_ranks(train_with_one_that_hangs, 2, str(recipe), wait_for_nothing, timeout_s=40.0)
+    record = conclude(run)
+    assert record is not None
+    assert (record.verdict, record.cause, record.suspect_ranks) == ("continue", "hang", (1,))
+    assert "rank 1 on" in record.detail and "wait" in record.detail.partition("it stands in")[2]
+    for rank in (0, 1):
+        assert f"stacks of rank {rank}" in rank_log(run, rank).read_text()
+    assert "in wait_for_nothing" in rank_log(run, 1).read_text()
 
 
 def train_in_chain(rank: int, recipe: str, stops: bool) -> None:
