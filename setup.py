@@ -60,7 +60,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "fast": ["fastokens>=0.3.5", "gigatoken>=0.10"],
+        "fast": ["fastokens>=0.3.5", "gigatoken>=0.10", "protobuf>=5"],
         "te": ["transformer-engine[pytorch]>=2.4"],
         "dali": ["nvidia-dali-cuda120>=2.4"],
         "video": ["diffusers>=0.34"],
@@ -73,6 +73,7 @@ setup(
             "gigatoken>=0.10",
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "protobuf>=5",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -5,7 +5,7 @@ that other work on the machine hits all of them alike:
 
 * *raw engine*: gigatoken reads the file by itself and keeps the ids in memory; no shard
 * *ours*: ``megatron-curr preprocess``, with its checks, checksums and document table
-* *Megatron's loop*: ``json.loads`` a line, one call of the reference tokenizer a document, a pool
+* *Megatron's loop*: ``json.loads`` a line, one call of megatron-core's tokenizer a document, a pool
   of workers that hands lists back, ``IndexedDatasetBuilder`` in the parent
 * *Megatron's script*: ``tools/preprocess_data.py`` of a checkout, with ``--megatron FOLDER``
 * *datatrove*: its ``MegatronDocumentTokenizer``, where it is installed
@@ -56,15 +56,16 @@ print("inner", time.perf_counter() - began)
 LOOP = """
 import json, multiprocessing, sys, time, torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from megatron_curr.data.tokenizer import load_tokenizer
+from megatron.core.tokenizers import MegatronTokenizer
 kind, model, corpus, output = sys.argv[1:]
+library = {"bpe": "huggingface"}.get(kind, kind)
 
 def start():
     global tokenizer
-    tokenizer = load_tokenizer(model)
+    tokenizer = MegatronTokenizer.from_pretrained(model, {"library": library})
 
 def encode(line):
-    return tokenizer.encode(json.loads(line)["text"]) + [tokenizer.eod_id]
+    return tokenizer.tokenize(json.loads(line)["text"]) + [tokenizer.eod]
 
 if __name__ == "__main__":
     start()
@@ -207,12 +208,13 @@ class Contenders:
     def raw(self, corpus: Corpus) -> list[str]:
         return [sys.executable, "-c", RAW, self.kind, str(self.model), str(corpus.path)]
 
-    def ours(self, corpus: Corpus) -> list[str]:
+    def ours(self, corpus: Corpus, *, special_tokens: str = "text") -> list[str]:
         command = [sys.executable, "-m", "megatron_curr", "preprocess", str(corpus.path)]
         command += ["--tokenizer", str(self.model), "--output", str(self.output / "ours")]
         # Several shards, as any corpus has that is worth the time; one is written by one worker.
         command += ["--shard-tokens", "100000000"]
-        return [*command, "--workers", "2", "--heldout-frac", "0", "--json"]
+        command += ["--special-tokens", special_tokens, "--heldout-frac", "0"]
+        return [*command, "--workers", "2", "--json"]
 
     def loop(self, corpus: Corpus) -> list[str]:
         script = self.output / "loop.py"
@@ -291,7 +293,8 @@ def check_bytes(commands: Contenders, short: Corpus, output: Path) -> None:
     """Our shard of the short corpus is the loop's, byte for byte."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    timed(commands.ours(short))
+    # The Hugging Face tokenizer takes a special token that is typed in a text for the token.
+    timed(commands.ours(short, special_tokens="allow" if commands.kind == "bpe" else "text"))
     timed(commands.loop(short))
     for suffix in (".bin", ".idx"):
         ours = (output / "ours" / "train" / f"ours_train_00000{suffix}").read_bytes()

@@ -2,7 +2,7 @@
 
 A fast engine is used only after it was compared with the reference, on hard strings and on a
 sample of the run's own input; on any difference the next one is tried, and the reference at last.
-A text in which a special token is typed always goes to the reference.
+A text in which a special token is typed goes to the reference, where an engine knows such tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import chain
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,11 @@ Flat = tuple[NDArray[np.integer[Any]], NDArray[np.int64]]
 
 
 class Engine(ABC):
-    """A way to tokenise. ``name`` is the library."""
+    """A way to tokenise. ``name`` is the library, ``takes_special`` whether a special token that is
+    typed in a text may become the token."""
 
     name: str
+    takes_special: bool
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Flat:
@@ -45,11 +48,11 @@ class ReferenceEngine(Engine):
 
     def __init__(self, tokenizer: Tokenizer, *, allow_special: bool = False) -> None:
         self.name = tokenizer.library
+        self.takes_special = allow_special
         self._tokenizer = tokenizer
-        self._allow_special = allow_special
 
     def encode(self, texts: Sequence[str]) -> Flat:
-        ids = self._tokenizer.encode_batch(texts, allow_special=self._allow_special)
+        ids = self._tokenizer.encode_batch(texts, allow_special=self.takes_special)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
 
@@ -62,10 +65,14 @@ class GigatokenEngine(Engine):
     def __init__(self, tokenizer: Tokenizer) -> None:
         import gigatoken
 
+        self.takes_special = isinstance(tokenizer, TiktokenTokenizer)
         if isinstance(tokenizer, HuggingFaceTokenizer):
             self._engine = gigatoken.Tokenizer.from_json(_without_special(tokenizer))
         elif isinstance(tokenizer, SentencePieceTokenizer):
-            self._engine = gigatoken.Tokenizer.from_sentencepiece(tokenizer.path)
+            with NamedTemporaryFile(suffix=".model") as file:  # it reads files only
+                file.write(_with_special_renamed(tokenizer))
+                file.flush()
+                self._engine = gigatoken.Tokenizer.from_sentencepiece(file.name)
         else:
             # It knows the split patterns of OpenAI's encodings only, by file name.
             self._engine = gigatoken.Tokenizer.from_tiktoken(tokenizer.path)
@@ -80,6 +87,7 @@ class FastokensEngine(Engine):
     """fastokens; its threads follow RAYON_NUM_THREADS."""
 
     name = "fastokens"
+    takes_special = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         import fastokens
@@ -113,6 +121,18 @@ def _without_special(tokenizer: Tokenizer) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
+def _with_special_renamed(tokenizer: SentencePieceTokenizer) -> bytes:
+    """The model, its control pieces under names that nobody types: an engine may match the old
+    ones in a text, where the reference never does."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    for piece in tokenizer.special_tokens.values():
+        model.pieces[piece].piece = f"{tokenizer.sha256}-{piece}"
+    content: bytes = model.SerializeToString()
+    return content
+
+
 class SpecialTokenFound(ValueError):
     """A special token is typed in a text; ``number`` is the text's."""
 
@@ -126,7 +146,7 @@ class GuardedEngine(Engine):
     """A fast engine, and the reference for every text in which a special token is typed."""
 
     def __init__(self, fast: Engine, tokenizer: Tokenizer, *, special_tokens: str) -> None:
-        self.name = fast.name
+        self.name, self.takes_special = fast.name, special_tokens == "allow"
         self._fast = fast
         self._reference = ReferenceEngine(tokenizer, allow_special=special_tokens == "allow")
         special = map(re.escape, filter(None, tokenizer.special_tokens))
@@ -148,6 +168,13 @@ class GuardedEngine(Engine):
     def _typed(self, text: str) -> str | None:
         found = self._special.search(text)
         return found and found[0]
+
+
+def _guarded(engine: Engine, tokenizer: Tokenizer, special_tokens: str) -> Engine:
+    """The engine, behind a guard unless special tokens are text and it does not know them."""
+    if special_tokens == "text" and not engine.takes_special:
+        return engine
+    return GuardedEngine(engine, tokenizer, special_tokens=special_tokens)
 
 
 def _rows(flat: Flat) -> list[NDArray[np.integer[Any]]]:
@@ -203,9 +230,8 @@ def choose_engine(
             continue
         try:
             fast = kind(tokenizer)
-            guarded = GuardedEngine(
-                fast, tokenizer, special_tokens="allow" if special_tokens == "allow" else "text"
-            )
+            mode = "allow" if special_tokens == "allow" else "text"
+            guarded = _guarded(fast, tokenizer, mode)
             truth = truth or reference.encode(texts)
             reason = _difference(truth, guarded.encode(texts), texts)
         except ImportError:
@@ -222,7 +248,7 @@ def choose_engine(
         raise DataError(
             f"--engine {wanted}: {passed_over[wanted]}; leave it out to have one chosen"
         )
-    engine = GuardedEngine(chosen or reference, tokenizer, special_tokens=special_tokens)
+    engine = _guarded(chosen or reference, tokenizer, special_tokens)
     return engine, Verdict(
         engine=engine.name,
         version=version(engine.name),
@@ -237,8 +263,8 @@ def choose_engine(
 def load_engine(tokenizer: Tokenizer, name: str, *, special_tokens: str) -> Engine:
     """The engine that ``choose_engine`` named, in a worker of the run."""
     kinds: dict[str, Callable[[Tokenizer], Engine]] = {kind.name: kind for kind in FAST_ENGINES}
-    fast = kinds.get(name, ReferenceEngine)(tokenizer)
-    return GuardedEngine(fast, tokenizer, special_tokens=special_tokens)
+    engine = kinds.get(name, ReferenceEngine)(tokenizer)
+    return _guarded(engine, tokenizer, special_tokens)
 
 
 def _difference(truth: Flat, found: Flat, texts: Sequence[str]) -> str | None:

@@ -44,7 +44,11 @@ __all__ = ["Options", "RunSettings", "Summary", "preprocess"]
 _MIN_ROWS_TO_JUDGE = 1_000  # before that, a few bad rows at the start say little
 _LISTED = 5
 _UNIT_VERSION = 2  # of what a unit holds; units of another are made again
-_PRELOAD = ("data_tools.unit_work",)
+# Loaded once for all workers; what is not installed is left out.
+_PRELOAD = (
+    *("data_tools.unit_work", "data_tools.sampling", "pyarrow.compute", "tokenizers"),
+    *("sentencepiece", "gigatoken", "awkward"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,7 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
     when every other unit is finished."""
     path, sha256 = str(run.tokenizer.path), run.tokenizer.sha256
     workers.prepare(warm_up, (path, sha256))
-    run.verdict = check_engine(run)
+    run.verdict = check_engine(run, workers)
     run.progress.note(run.verdict.text())
     job = Job(str(run.unit_folder), path, sha256, run.verdict.engine, run.options)
     run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)

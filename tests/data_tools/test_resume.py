@@ -123,12 +123,13 @@ def test_finished_units_are_not_made_again_and_a_mended_file_is(
     assert summary.units - 2 <= summary.units_kept < summary.units
 
 
-KILL_WHOEVER_READS = """
-import multiprocessing, os, signal, sys
+KILL_WHOSE_UNIT_IT_IS = """
+import glob, os, signal, sys
 
 def die(event, arguments):
-    if event == "open" and str(arguments[0]) == {file!r} and multiprocessing.parent_process():
-        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "open" and str(arguments[0]) == {file!r}:
+        if glob.glob(f"{units}/*.{{os.getpid()}}.partial"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(die)
 """
@@ -139,7 +140,9 @@ def test_a_killed_worker_fails_the_command_which_names_the_file_and_goes_on(
 ) -> None:
     last = write_jsonl(tmp_path / "last.jsonl", TEXTS[150:])  # a unit of its own
     (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(KILL_WHOEVER_READS.format(file=str(last)))
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        KILL_WHOSE_UNIT_IT_IS.format(file=str(last), units=tmp_path / "prose.partial" / "units")
+    )
     command = [sys.executable, "-m", "megatron_curr", "preprocess", *map(str, corpus), str(last)]
     command += ["--tokenizer", str(small_tokenizer().path), "--output", str(tmp_path / "prose")]
     command += ["--workers", "2", "--engine", "reference", "--unit-bytes", "4k"]
