@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from megatron_curr.cli.app import app
-from megatron_curr.errors import RecipeError
+from megatron_curr.cli.work import ClusterProfile
+from megatron_curr.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from megatron_curr.convert.run_conversion import Conversion
@@ -66,32 +68,130 @@ def convert(
     ] = None,
     verify: VerifyOption = None,
     trust_pickle: TrustOption = False,
+    every_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--every-checkpoint",
+            help="Of a run: each to a folder of its name in OUTPUT, those that are not there yet.",
+        ),
+    ] = False,
+    slurm_array: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Let Slurm do --every-checkpoint, N at the same time."
+        ),
+    ] = None,
+    profile: ClusterProfile = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, or a Hugging Face folder as a checkpoint."""
+    how = _How(to, dtype, weights, architecture, chat_template, verify, trust_pickle)
+    if slurm_array is not None and not every_checkpoint:
+        raise RecipeError("--slurm-array: is for --every-checkpoint, an element for each")
+    if not every_checkpoint:
+        _tell(_convert(source, output, how), as_json=as_json)
+        return
+    pairs = _not_there_yet(source, output)
+    if slurm_array is not None:
+        if profile is None:
+            raise typer.BadParameter("--slurm-array needs the cluster's --profile")
+        typer.echo(_submit(pairs, output, how, profile, at_once=slurm_array))
+        return
+    faults = []
+    for checkpoint, target in pairs:
+        try:
+            _tell(_convert(checkpoint, target, how), as_json=as_json)
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join([*faults, "the other checkpoints are converted"]))
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of one conversion."""
+
+    to: ConvertTarget | None
+    dtype: str | None
+    weights: Literal["raw", "ema"]
+    architecture: str | None
+    chat_template: Path | None
+    verify: bool | None
+    trust_pickle: bool
+
+    def words(self) -> list[str]:
+        """The same as they are typed."""
+        named = {
+            "--to": self.to,
+            "--dtype": self.dtype,
+            "--weights": self.weights,
+            "--architecture": self.architecture,
+            "--chat-template": self.chat_template and self.chat_template.resolve(),
+        }
+        words = [f"{name}={value}" for name, value in named.items() if value is not None]
+        if self.verify is not None:
+            words.append("--verify" if self.verify else "--no-verify")
+        return [*words, *(["--trust-pickle"] if self.trust_pickle else [])]
+
+
+def _convert(source: Path, output: Path, how: _How) -> Conversion:
     from megatron_curr.convert.run_conversion import run_conversion
     from megatron_curr.convert.video import convert_video, is_video
 
     if is_video(source):
-        done = convert_video(
-            source, output, to=to, dtype=dtype, which=weights, trust_pickle=trust_pickle
+        return convert_video(
+            source,
+            output,
+            to=how.to,
+            dtype=how.dtype,
+            which=how.weights,
+            trust_pickle=how.trust_pickle,
         )
-        _tell(done, as_json=as_json)
-        return
-    if to == "mugv":
+    if how.to == "mugv":
         raise RecipeError("--to mugv: is for video models; leave it out")
-    done = run_conversion(
+    return run_conversion(
         source,
         output,
-        to=to,
-        dtype=dtype,
-        architecture=architecture,
-        chat_template=chat_template,
-        verify=verify,
-        trust_pickle=trust_pickle,
-        which=weights,
+        to=how.to,
+        dtype=how.dtype,
+        architecture=how.architecture,
+        chat_template=how.chat_template,
+        verify=how.verify,
+        trust_pickle=how.trust_pickle,
+        which=how.weights,
     )
-    _tell(done, as_json=as_json)
+
+
+def _not_there_yet(run: Path, output: Path) -> list[tuple[Path, Path]]:
+    """A run's checkpoints, oldest first, each with the folder it goes to."""
+    from megatron_curr.training.checkpoint_folder import list_checkpoints
+
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise CheckpointError(f"{run}: --every-checkpoint, but {run / 'checkpoints'} holds none")
+    return [(path, output / path.name) for path in checkpoints if not (output / path.name).exists()]
+
+
+def _submit(
+    pairs: list[tuple[Path, Path]], output: Path, how: _How, profile: Path, *, at_once: int
+) -> str:
+    """Submit a conversion for each pair; what to tell about it. ``OUTPUT.jobs`` is their log."""
+    from launch.slurm.array import submit_array
+    from launch.slurm.profile import load_profile
+
+    loaded = load_profile(profile).values
+    commands = [
+        [loaded.python, "-m", "megatron_curr", "convert", *map(str, pair), *how.words()]
+        for pair in ((path.resolve(), target.resolve()) for path, target in pairs)
+    ]
+    if not commands:
+        return f"{output}: every checkpoint is there"
+    folder = output.with_name(f"{output.name}.jobs")
+    shutil.rmtree(folder, ignore_errors=True)  # its marks count the checkpoints of another call
+    name = f"convert-{output.name}"
+    cpus = loaded.cpus_per_rank or 1
+    job = submit_array(commands, loaded, folder=folder, name=name, at_once=at_once, cpus=cpus)
+    return f"submitted {len(commands)} conversions as array {job}; they print to {folder}"
 
 
 @app.command(

@@ -241,6 +241,29 @@ def test_one_checkpoint_may_be_named(plain_run: Path, tmp_path: Path) -> None:
     assert export_run(checkpoint, tmp_path / "hf").source == checkpoint
 
 
+def test_every_checkpoint_of_a_run_is_converted_once(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = next((own_run / "checkpoints").glob("step_*"))
+    torn = shutil.copytree(whole, whole.with_name("step_00000017"))
+    next(torn.glob("*.distcp")).write_bytes(b"")
+    shutil.copytree(whole, whole.with_name("step_00000018"))
+    output = tmp_path / "all"
+    command = ["convert", str(own_run), str(output), "--every-checkpoint", "--no-verify"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "step_00000017" in told and "the other checkpoints are converted" in told
+    assert sorted(path.name for path in output.iterdir()) == [whole.name, "step_00000018"]
+    made = (output / whole.name / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(torn)
+    shutil.copytree(whole, torn)
+    assert main(command) == 0
+    assert (output / "step_00000017" / "config.json").is_file()
+    assert (output / whole.name / "model.safetensors").stat().st_mtime_ns == made
+    assert main(["convert", str(tmp_path), str(output), "--every-checkpoint"]) == 2
+    assert main(["convert", str(own_run), str(output), "--slurm-array", "2"]) == 2
+
+
 def test_a_torn_checkpoint_is_passed_over_or_refused(own_run: Path, tmp_path: Path) -> None:
     whole = own_run / "checkpoints" / "step_00000016"
     torn = shutil.copytree(whole, whole.with_name("step_00000017"))
