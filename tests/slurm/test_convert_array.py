@@ -17,19 +17,19 @@ from tests.slurm.cluster import _PROFILE, Cluster, wait_until
 def test_every_checkpoint_is_converted_by_an_element_of_its_own(
     cluster: Cluster, folder: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    run, output = folder / "undisturbed", tmp_path / "hf"
+    run, output = folder / "undisturbed", tmp_path / "bf16"
     checkpoints = list_checkpoints(run / "checkpoints")
-    assert len(checkpoints) == 2
+    assert len(checkpoints) == 3
     profile = tmp_path / "profile.yaml"
     profile.write_text(yaml.safe_dump(_PROFILE))
-    command = ("convert", run, output, "--every-checkpoint", "--dtype", "bf16", "--no-verify")
-    told = cluster.command(*command, "--slurm-array", 2, "--profile", profile)
-    assert re.search(r"submitted 2 conversions as array \d+", told)
-    marks = [tmp_path / "hf.jobs" / f"{number}.done" for number in range(2)]
-    wait_until(lambda: all(mark.exists() for mark in marks), "both conversions")
+    how = ("--every-checkpoint", "--to", "checkpoint", "--dtype", "bf16")
+    command = ("convert", run, output, *how, "--slurm-array", 2, "--profile", profile)
+    told = cluster.command(*command)
+    assert re.search(r"submitted 3 conversions as array \d+", told)
+    marks = [tmp_path / "bf16.jobs" / f"{number}.done" for number in range(3)]
+    wait_until(lambda: all(mark.exists() for mark in marks), "all conversions")
     for checkpoint in checkpoints:
         here = tmp_path / "here" / checkpoint.name
-        run_conversion(checkpoint, here, dtype="bf16", verify=False)
+        run_conversion(checkpoint, here, to="checkpoint", dtype="bf16")
         assert everything_in(output / checkpoint.name) == everything_in(here)
-    again = cluster.command(*command, "--slurm-array", 2, "--profile", profile)
-    assert "every checkpoint is there" in again
+    assert "every checkpoint is there" in cluster.command(*command)
