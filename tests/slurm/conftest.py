@@ -15,7 +15,7 @@ from tests.slurm.toy import toy_values, write_toy
 from tests.training.runs import rows, train_rank
 from tests.training.tiny import write_corpus
 
-NODES = 9  # so that the faults of one run do not meet another; no run has more than four
+NODES = 11  # some for each run of ``drivers``
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

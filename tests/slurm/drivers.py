@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.slurm.policy import Rules, excluded_nodes
 from tests.slurm.cluster import Cluster, SlurmRun, wait_until
-from tests.slurm.conftest import amended_curriculum
+from tests.slurm.conftest import NODES, amended_curriculum
 from tests.slurm.toy import toy_values, write_toy
 
 _EXCLUDE_S = 20.0
@@ -35,6 +35,12 @@ class Story:
         print(json.dumps({"fault": fault, "recovery_s": self.recovery_s[fault]}), flush=True)
 
 
+def only_on(*nodes: int) -> list[str]:
+    """For sbatch: no other node, so that the faults of one run do not meet another."""
+    others = (f"node{node}" for node in range(NODES) if node not in nodes)
+    return [f"--exclude={','.join(others)}"]
+
+
 def lose_nodes(cluster: Cluster, corpus: Path, folder: Path) -> Story:
     """Two nodes and a spare: a rank, the controller, a preemption, an amendment, a node, a link."""
     run = SlurmRun(
@@ -42,7 +48,7 @@ def lose_nodes(cluster: Cluster, corpus: Path, folder: Path) -> Story:
         write_toy(corpus, folder / "nodes"),
         partition="scavenge",
         spares=1,
-        options=["--exclude=node[3-4,6-8]"],
+        options=only_on(0, 1, 2, 5),
     )
     story = Story(run)
     run.submit("--until-done")
@@ -96,7 +102,7 @@ def run_out_of_time_and_leave_a_zombie(cluster: Cluster, corpus: Path, folder: P
         write_toy(corpus, folder / "slices"),
         nodes=1,
         ranks_per_node=2,
-        options=["--exclude=node[0-2,6-8]"],
+        options=only_on(3, 4),
     )
     story = Story(run)
     run.submit("--until-done")
@@ -142,7 +148,7 @@ def _is_saving(pen: Path) -> bool:
 def run_on_all_nodes_then_on_half(cluster: Cluster, corpus: Path, folder: Path) -> Story:
     """Two nodes by two ranks, cancelled, and submitted again on one node."""
     recipe = write_toy(corpus, folder / "widths")
-    run = SlurmRun(cluster, recipe, ranks_per_node=2, options=["--exclude=node[6-8]"])
+    run = SlurmRun(cluster, recipe, ranks_per_node=2, options=only_on(9, 10))
     story = Story(run)
     job_id = run.submit()
     run.wait_for_step(12)
@@ -164,7 +170,7 @@ def go_back_into_the_queue(cluster: Cluster, corpus: Path, folder: Path) -> Stor
         ranks_per_node=2,
         partition="scavenge",
         chain={"by": "requeue"},
-        options=["--exclude=node[0-5,7-8]"],
+        options=only_on(6),
     )
     story = Story(run)
     run.submit("--until-done")
@@ -203,7 +209,7 @@ def lose_disks_then_diverge(cluster: Cluster, corpus: Path, folder: Path) -> Sto
         recipe,
         nodes=1,
         chain={"max_fruitless": 2, "exclude_hours": _EXCLUDE_S / 3600},
-        options=["--exclude=node[0-6]"],
+        options=only_on(7, 8),
         **by_own_disks(cluster),
     )
     story = Story(run)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_curr.incarnation.record import Claim
 from tests.slurm.cluster import ROOT, Cluster, CommandError, SlurmRun, wait_until
+from tests.slurm.conftest import NODES
 from tests.slurm.toy import write_toy
 
 
@@ -25,7 +26,10 @@ def refusal(run: SlurmRun, *options: object) -> str:
     ("profile", "expected"),
     [
         ({"partition": "bach"}, ":7: partition: the cluster has no partition 'bach'; did you mean"),
-        ({"nodes": 16}, "nodes: 16 nodes are wanted (spares included) and partition batch has 9"),
+        (
+            {"nodes": 16},
+            f"nodes: 16 nodes are wanted (spares included) and partition batch has {NODES};",
+        ),
         ({"options": ["--no-such-option"]}, "sbatch --parsable: sbatch: unrecognized option"),
     ],
 )
