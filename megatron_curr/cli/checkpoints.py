@@ -38,6 +38,17 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-pickle", help="Read .bin files that hold more than tensors: runs code."),
 ]
+EveryOption = Annotated[
+    bool,
+    typer.Option(
+        "--every-checkpoint",
+        help="Of a run: each to a folder of its name in OUTPUT, those that are not there yet.",
+    ),
+]
+ArrayOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Let Slurm do --every-checkpoint, N at the same time."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
 
 
@@ -68,19 +79,8 @@ def convert(
     ] = None,
     verify: VerifyOption = None,
     trust_pickle: TrustOption = False,
-    every_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--every-checkpoint",
-            help="Of a run: each to a folder of its name in OUTPUT, those that are not there yet.",
-        ),
-    ] = False,
-    slurm_array: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Let Slurm do --every-checkpoint, N at the same time."
-        ),
-    ] = None,
+    every_checkpoint: EveryOption = False,
+    slurm_array: ArrayOption = None,
     profile: ClusterProfile = None,
     as_json: JsonOption = False,
 ) -> None:
