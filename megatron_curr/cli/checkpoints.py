@@ -92,6 +92,9 @@ def convert(
         _tell(_convert(source, output, how), as_json=as_json)
         return
     pairs = _not_there_yet(source, output)
+    if not pairs:
+        typer.echo(f"{output}: every checkpoint is there", err=as_json)
+        return
     if slurm_array is not None:
         if profile is None:
             raise typer.BadParameter("--slurm-array needs the cluster's --profile")
@@ -184,8 +187,6 @@ def _submit(
         [loaded.python, "-m", "megatron_curr", "convert", *map(str, pair), *how.words()]
         for pair in ((path.resolve(), target.resolve()) for path, target in pairs)
     ]
-    if not commands:
-        return f"{output}: every checkpoint is there"
     folder = output.with_name(f"{output.name}.jobs")
     shutil.rmtree(folder, ignore_errors=True)  # its marks count the checkpoints of another call
     name = f"convert-{output.name}"

@@ -260,6 +260,9 @@ def test_every_checkpoint_of_a_run_is_converted_once(
     assert main(command) == 0
     assert (output / "step_00000017" / "config.json").is_file()
     assert (output / whole.name / "model.safetensors").stat().st_mtime_ns == made
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "every checkpoint is there" in capsys.readouterr().out
     assert main(["convert", str(tmp_path), str(output), "--every-checkpoint"]) == 2
     assert main(["convert", str(own_run), str(output), "--slurm-array", "2"]) == 2
 
