@@ -77,8 +77,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.video_balance
 	$(BIN)/python -m benchmarks.published_plans
 	$(BIN)/python -m benchmarks.checkpoint
-	$(BIN)/python -m benchmarks.preprocess --folder $(BENCH_FOLDER) --corpus-mb 300
 	$(BIN)/python -m benchmarks.convert --folder $(BENCH_FOLDER)
+	$(BIN)/python -m benchmarks.preprocess --folder $(BENCH_FOLDER) --corpus-mb 2000
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
