@@ -72,15 +72,20 @@ def train_with_one_that_hangs(rank: int, recipe: str, how: Callable[[], None]) -
     train_rank(rank, recipe, 2, None)
 
 
+def end_of_a_hang(runs: Runs, name: str, how: Callable[[], None]) -> Record:
+    recipe = runs.recipe(name, HANGING)
+    with pytest.raises(RankError):
+        run_ranks(train_with_one_that_hangs, 2, str(recipe), how, timeout_s=40.0)
+    record = conclude(runs.folder / name)
+    assert record is not None
+    assert (record.verdict, record.cause, record.suspect_ranks) == ("continue", "hang", (1,))
+    return record
+
+
 def test_a_rank_that_is_stopped_ends_the_job_with_stacks_and_is_named(
     runs: Runs, unbroken: Path
 ) -> None:
-    recipe, run = runs.recipe("hung", HANGING), runs.folder / "hung"
-    with pytest.raises(RankError):
-        run_ranks(train_with_one_that_hangs, 2, str(recipe), stop, timeout_s=40.0)
-    record = conclude(run)
-    assert record is not None
-    assert (record.verdict, record.cause, record.suspect_ranks) == ("continue", "hang", (1,))
+    record, run = end_of_a_hang(runs, "hung", stop), runs.folder / "hung"
     assert "takes longer than" in record.detail and "rank 1 on" in record.detail
     assert 8 <= record.step < 24
     log = rank_log(run).read_text()
@@ -92,12 +97,7 @@ def test_a_rank_that_is_stopped_ends_the_job_with_stacks_and_is_named(
 
 
 def test_a_rank_that_waits_for_nothing_says_where_it_stands(runs: Runs) -> None:
-    recipe, run = runs.recipe("waiting", HANGING), runs.folder / "waiting"
-    with pytest.raises(RankError):
-        run_ranks(train_with_one_that_hangs, 2, str(recipe), wait_for_nothing, timeout_s=40.0)
-    record = conclude(run)
-    assert record is not None
-    assert (record.verdict, record.cause, record.suspect_ranks) == ("continue", "hang", (1,))
+    record, run = end_of_a_hang(runs, "waiting", wait_for_nothing), runs.folder / "waiting"
     assert "rank 1 on" in record.detail and "wait" in record.detail.partition("it stands in")[2]
     for rank in (0, 1):
         assert f"stacks of rank {rank}" in rank_log(run, rank).read_text()
