@@ -4,41 +4,35 @@ joins what they made.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.slurm.array import submit_array
-from launch.slurm.profile import load_profile
+from launch.slurm.array import fresh_log_folder, submit_array, verb
+from launch.slurm.profile import Profile
 
 
 def submit_tasks(
-    command: Sequence[str], profile: Path, *, output: Path, num_tasks: int, cpus: int
+    command: Sequence[str], profile: Profile, *, output: Path, num_tasks: int, cpus: int
 ) -> tuple[str | None, str | None]:
     """Submit the tasks of a command, and the job that joins what they make.
 
-    ``OUTPUT.jobs`` gets what they print. Both job ids. Raises ``UserError`` for a profile that is
-    wrong and where there is no Slurm or it refuses the job.
+    ``OUTPUT.jobs`` gets what they print. Both job ids. Raises ``UserError`` where there is no Slurm
+    or it refuses the job.
     """
-    loaded = load_profile(profile).values
-    folder = output.with_name(output.name + ".jobs")
     # A task that has nothing left to do ends at once, so all are asked again: files may be mended.
-    shutil.rmtree(folder, ignore_errors=True)
-    *shares, joining = [
-        [loaded.python, "-m", "megatron_curr", *words]
-        for words in commands_of(command, num_tasks=num_tasks)
-    ]
+    folder = fresh_log_folder(output)
+    *shares, joining = [verb(profile, words) for words in commands_of(command, num_tasks=num_tasks)]
     name = f"preprocess-{output.name}"
     tasks = submit_array(
         shares,
-        loaded,
+        profile,
         folder=folder / "tasks",
         name=name,
         at_once=num_tasks,
         cpus=cpus,
     )
     finish = submit_array(
-        [joining], loaded, folder=folder / "finish", name=name, cpus=cpus, after=tasks
+        [joining], profile, folder=folder / "finish", name=name, cpus=cpus, after=tasks
     )
     return tasks, finish
 

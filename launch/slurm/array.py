@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def submit_array(
     elements = ",".join(map(str, missing))
     dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     return client.submit(script, f"--array={elements}%{at_once}", *dependency)
+
+
+def fresh_log_folder(output: Path) -> Path:
+    """``OUTPUT.jobs``, without what is in it: its marks count the commands of another call."""
+    folder = output.with_name(output.name + ".jobs")
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def verb(profile: Profile, words: Sequence[str]) -> list[str]:
+    """A command of this package, as a node of the profile types it."""
+    return [profile.python, "-m", "megatron_curr", *words]
 
 
 def unfinished(folder: Path) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from megatron_curr.cli.app import app
-from megatron_curr.cli.work import ClusterProfile
+from megatron_curr.cli.work import ClusterProfile, cluster_profile
 from megatron_curr.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
+    from launch.slurm.profile import Profile
     from megatron_curr.convert.run_conversion import Conversion
 
 Target = Literal["hf", "checkpoint"]
@@ -96,9 +96,7 @@ def convert(
         typer.echo(f"{output}: every checkpoint is there", err=as_json)
         return
     if slurm_array is not None:
-        if profile is None:
-            raise typer.BadParameter("--slurm-array needs the cluster's --profile")
-        typer.echo(_submit(pairs, output, how, profile, at_once=slurm_array))
+        typer.echo(_submit(pairs, output, how, cluster_profile(profile), at_once=slurm_array))
         return
     faults = []
     for checkpoint, target in pairs:
@@ -176,22 +174,18 @@ def _not_there_yet(run: Path, output: Path) -> list[tuple[Path, Path]]:
 
 
 def _submit(
-    pairs: list[tuple[Path, Path]], output: Path, how: _How, profile: Path, *, at_once: int
+    pairs: list[tuple[Path, Path]], output: Path, how: _How, site: Profile, *, at_once: int
 ) -> str:
     """Submit a conversion for each pair; what to tell about it. ``OUTPUT.jobs`` is their log."""
-    from launch.slurm.array import submit_array
-    from launch.slurm.profile import load_profile
+    from launch.slurm.array import fresh_log_folder, submit_array, verb
 
-    loaded = load_profile(profile).values
     commands = [
-        [loaded.python, "-m", "megatron_curr", "convert", *map(str, pair), *how.words()]
-        for pair in ((path.resolve(), target.resolve()) for path, target in pairs)
+        verb(site, ["convert", str(path.resolve()), str(target.resolve()), *how.words()])
+        for path, target in pairs
     ]
-    folder = output.with_name(f"{output.name}.jobs")
-    shutil.rmtree(folder, ignore_errors=True)  # its marks count the checkpoints of another call
-    name = f"convert-{output.name}"
-    cpus = loaded.cpus_per_rank or 1
-    job = submit_array(commands, loaded, folder=folder, name=name, at_once=at_once, cpus=cpus)
+    folder, name = fresh_log_folder(output), f"convert-{output.name}"
+    cpus = site.cpus_per_rank or 1
+    job = submit_array(commands, site, folder=folder, name=name, at_once=at_once, cpus=cpus)
     return f"submitted {len(commands)} conversions as array {job}; they print to {folder}"
 
 
@@ -231,12 +225,12 @@ def merge(
     videos = [path for path in sources if is_video(path)]
     if videos and len(videos) < len(sources):
         raise RecipeError(f"{videos[0]} is a video model and others are not; merge one kind")
-    open_one = open_video_source if videos else open_source
-    opened = [open_one(path, trust_pickle=trust_pickle) for path in sources]
     if videos:
+        opened = [open_video_source(path, trust_pickle=trust_pickle) for path in sources]
         source = merged(opened, method=method, by=by, pieces_of=video_pieces)
         done = convert_video_source(source, output, to=to or "hf", dtype=dtype)
     else:
+        opened = [open_source(path, trust_pickle=trust_pickle) for path in sources]
         source = merged(opened, method=method, by=by)
         done = convert_source(source, output, to=to or "hf", dtype=dtype)
     _tell(done, as_json=as_json)

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from launch.slurm.profile import Profile
 
 WORK = "How the work is done"
 
@@ -47,12 +50,20 @@ def told_death() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def cluster_profile(profile: Path | None) -> Profile:
+    """What ``--profile`` names, which ``--slurm-array`` cannot do without."""
+    from launch.slurm.profile import load_profile
+
+    if profile is None:
+        raise typer.BadParameter("--slurm-array needs the cluster's --profile")
+    return load_profile(profile).values
+
+
 def submit_here(output: Path, profile: Path | None, *, num_tasks: int, cpus: int) -> None:
     """Submit the command that was typed as so many tasks and a job that joins them."""
     from data_tools.slurm_array import submit_tasks, without_options
 
-    if profile is None:
-        raise typer.BadParameter("--slurm-array needs the cluster's --profile")
+    site = cluster_profile(profile)
     command = without_options(sys.argv[1:], ("--slurm-array", "--profile"))
-    tasks, finish = submit_tasks(command, profile, output=output, num_tasks=num_tasks, cpus=cpus)
+    tasks, finish = submit_tasks(command, site, output=output, num_tasks=num_tasks, cpus=cpus)
     typer.echo(f"submitted {num_tasks} tasks as array {tasks}, and {finish}, which joins them")
