@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,17 @@ from data_tools.engines import Verdict
 from data_tools.formats import DamagedFile
 from data_tools.options import Options, RunSettings
 from data_tools.progress import ReadProgress
-from data_tools.publish import discard, make_shards, publish
+from data_tools.publish import make_shards
 from data_tools.sampling import check_engine
-from data_tools.staging import SPLITS, check_free, locked, trouble_told
+from data_tools.staging import (
+    SPLITS,
+    check_free,
+    discard,
+    locked,
+    publish,
+    staging_of,
+    trouble_told,
+)
 from data_tools.unit_work import (
     COUNTERS,
     RECORD,
@@ -112,7 +120,7 @@ class Run:
 
     @property
     def staging(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return staging_of(self.output)
 
     @property
     def unit_folder(self) -> Path:
@@ -168,7 +176,7 @@ def preprocess(
     preparation = Preparation(options, loaded)
     run = Run(output, files, units, loaded, options, settings, preparation, progress)
     if _is_done(run) and not overwrite:
-        discard(run)
+        discard(run.output)
         return _summary(run, "already done")
     check_free(output, overwrite=overwrite)
     with trouble_told(run.staging):
@@ -201,7 +209,7 @@ def _carry_out(run: Run) -> Summary:
         records = [UnitRecord.read(run.unit_folder / unit.key) for unit in run.units]
         _check_result(run, records)
         folder = make_shards(run, records, workers)
-    publish(run, folder)
+    publish(folder, run.output)
     return _summary(run, "done")
 
 
@@ -209,10 +217,11 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
     """Make the units that are missing. Raises what a unit raised; a damaged file only at the end,
     when every other unit is finished."""
     path, sha256 = str(run.tokenizer.path), run.tokenizer.sha256
-    workers.prepare(warm_up, (path, sha256))
-    run.verdict = check_engine(run, workers)
+    job = Job(str(run.unit_folder), path, sha256, run.settings.engine, run.options)
+    workers.prepare(warm_up, job)
+    run.verdict = check_engine(run, workers, job)
     run.progress.note(run.verdict.text())
-    job = Job(str(run.unit_folder), path, sha256, run.verdict.engine, run.options)
+    job = replace(job, engine=run.verdict.engine)
     run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)
 
     def tick() -> None:
@@ -255,7 +264,7 @@ def _check_result(run: Run, records: Sequence[UnitRecord]) -> None:
         found = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
         filtered = sum(record.filtered for record in records)
         names = ", ".join(map(str, run.files[:_LISTED]))
-        discard(run)
+        discard(run.output)
         raise DataError(
             f"{names}: no document to train on (rejected: {found or 'nothing'}; filtered: "
             f"{filtered:,}); each document must hold text in {run.options.text_field!r}"

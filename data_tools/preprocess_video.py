@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -23,7 +22,16 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.progress import ReadProgress
-from data_tools.staging import MANIFEST, SPLITS, check_free, locked, trouble_told
+from data_tools.staging import (
+    MANIFEST,
+    SPLITS,
+    check_free,
+    discard,
+    locked,
+    publish,
+    staging_of,
+    trouble_told,
+)
 from data_tools.video_clips import REASONS, ClipOptions
 from data_tools.video_frames import Bucket
 from data_tools.video_inputs import Item, find_items
@@ -137,7 +145,7 @@ def preprocess_video(
         file_field=file_field,
         caption_field=caption_field,
     )
-    staging = _staging_of(output)
+    staging = staging_of(output)
     if not open_staging(job, output, overwrite=overwrite):
         return _summary(job, output, "already done", began_s)
     with trouble_told(staging), locked(staging, alone=task is None):
@@ -171,10 +179,10 @@ def open_staging(job: Job, output: Path, *, overwrite: bool) -> bool:
 
     Raises ``DataError`` where other things are in the way.
     """
-    staging = _staging_of(output)
+    staging = staging_of(output)
     mark = staging / JOB
     if not overwrite and _is_done(job, output):
-        shutil.rmtree(staging, ignore_errors=True)
+        discard(output)
         return False
     check_free(output, overwrite=overwrite)
     if overwrite and staging.exists() and not mark.is_file() and any(staging.iterdir()):
@@ -187,7 +195,7 @@ def open_staging(job: Job, output: Path, *, overwrite: bool) -> bool:
                     f"{staging}: left by a run with other inputs or options; --overwrite drops it"
                 )
             with locked(staging, alone=True):
-                shutil.rmtree(staging)
+                discard(output)
         (staging / "units").mkdir(parents=True, exist_ok=True)
         if not mark.is_file():
             write_once(mark, content)  # tasks start together
@@ -205,10 +213,6 @@ def _is_done(job: Job, output: Path) -> bool:
         return False
     paths = (item.path for item in job.items)
     return all(path.stat().st_mtime_ns <= made_at for path in paths if path.exists())
-
-
-def _staging_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
 
 
 def _summary(job: Job, output: Path, state: str, began_s: float) -> Summary:
@@ -298,13 +302,12 @@ def _finish(job: Job, staging: Path, output: Path) -> None:
     try:
         _check_filled(manifests.get("train"), job, counts, done)
     except DataError:
-        shutil.rmtree(staging)  # what mends it makes another job of it
+        discard(output)  # what mends it makes another job of it
         raise
     with open(building / REJECTS, "w", encoding="utf-8") as listing:
         listing.writelines(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
     shutil.copy2(staging / JOB, building / JOB)  # its time is the start of the run
-    _publish(building, output)
-    shutil.rmtree(staging, ignore_errors=True)
+    publish(building, output)
 
 
 def _check_filled(
@@ -324,13 +327,3 @@ def _check_filled(
             f"not one of {len(job.items):,} files gives a training sample ({found or 'held out'}): "
             "take the bucket out, or give files that fit"
         )
-
-
-def _publish(building: Path, output: Path) -> None:
-    """Let the finished folder appear under its name; an old one goes only then."""
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(building, output)
-    shutil.rmtree(old, ignore_errors=True)

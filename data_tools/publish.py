@@ -1,4 +1,4 @@
-"""The last step of preprocessing: shards from finished units, manifests, and the final name."""
+"""The last step of preprocessing: shards from finished units, and their manifests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_tools.unit_work import REJECTS, UnitRecord, total_rejects
 from data_tools.workers import Workers
 from megatron_curr.data.idx_format import idx_path, token_dtype
 from megatron_curr.data.manifest import Manifest, ShardRecord, TokenizerRecord, write_manifest
-from megatron_curr.durable import sync_folder, write_durably
+from megatron_curr.durable import write_durably
 
 if TYPE_CHECKING:
     from data_tools.preprocess_text import Run
@@ -170,26 +170,3 @@ def _manifest(
             "split": split,
         },
     )
-
-
-def publish(run: Run, folder: Path) -> None:
-    """Let the finished folder appear under its name; an old one goes only then."""
-    output = run.output
-    sync_folder(folder)
-    old = output.with_name(output.name + ".old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    os.rename(folder, output)
-    sync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    discard(run)
-
-
-def discard(run: Run) -> None:
-    """Remove the staging area. It loses its name first: half of one must not be taken up again."""
-    trash = run.output.with_name(run.output.name + ".trash")
-    shutil.rmtree(trash, ignore_errors=True)
-    if run.staging.exists():
-        os.rename(run.staging, trash)
-        shutil.rmtree(trash, ignore_errors=True)

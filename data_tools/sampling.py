@@ -8,14 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from data_tools.documents import Document, Preparation
 from data_tools.engines import Verdict, choose_engine
 from data_tools.formats import DamagedFile, Span, open_rows
-from data_tools.options import Options
-from data_tools.unit_work import unchanged_tokenizer
+from data_tools.unit_work import Job, unchanged_tokenizer
 from data_tools.workers import Desk, Workers
 
 if TYPE_CHECKING:
@@ -26,31 +25,15 @@ _MAX_PLACES = 32
 _MAX_TEXT_CHARS = 8_192
 
 
-@dataclass(frozen=True)
-class _Check:
-    """What the choice of an engine rests on."""
-
-    tokenizer: str
-    tokenizer_sha256: str
-    options: Options
-    wanted: str
-    spans: tuple[Span, ...]
-
-
-def check_engine(run: Run, workers: Workers) -> Verdict:
-    """Choose the run's engine. The sample depends on the input alone, so every array task, and a
-    run that goes on, comes to the same end. Raises ``DataError``."""
+def check_engine(run: Run, workers: Workers, job: Job) -> Verdict:
+    """Choose the engine of the run, where ``job`` names the wanted one. The sample depends on the
+    input alone, so every array task, and a run that goes on, comes to the same end. Raises
+    ``DataError``."""
     draw = random.Random(run.plan_key)
     spans = [span for unit in run.units for span in unit.spans]
     chosen = draw.choices(spans, [span.num_bytes for span in spans], k=_MAX_PLACES)
-    check = _Check(
-        str(run.tokenizer.path),
-        run.tokenizer.sha256,
-        run.options,
-        run.settings.engine,
-        tuple(_from_within(span, draw) for span in chosen),
-    )
-    results = workers.run(_choose, [check], name_of=lambda check: "a sample, to choose an engine")
+    task = (job, [_from_within(span, draw) for span in chosen])
+    results = workers.run(_choose, [task], name_of=lambda task: "a sample, to choose an engine")
     ((_, verdict),) = results
     if isinstance(verdict, Exception):
         raise verdict
@@ -64,15 +47,21 @@ def _from_within(span: Span, draw: random.Random) -> Span:
     return replace(span, first=span.first + draw.randrange(max(span.num_bytes // 2, 1)))
 
 
-def _choose(check: _Check, desk: Desk) -> Verdict:
-    tokenizer = unchanged_tokenizer(check.tokenizer, check.tokenizer_sha256)
-    preparation = Preparation(check.options, tokenizer)
+def _choose(task: tuple[Job, Sequence[Span]], desk: Desk) -> Verdict:
+    job, spans = task
+    tokenizer = unchanged_tokenizer(job.tokenizer, job.tokenizer_sha256)
+    preparation = Preparation(job.options, tokenizer)
     texts: list[str] = []
-    for span in check.spans:
+    for span in spans:
+        taken = 0
         with suppress(DamagedFile):  # the unit that holds it will say so
-            texts += _beginning(_texts(preparation, span))
+            for text in _texts(preparation, span):
+                texts.append(text)
+                taken += len(text)
+                if taken >= SAMPLE_CHARS // _MAX_PLACES:
+                    break
     _, verdict = choose_engine(
-        tokenizer, texts, special_tokens=check.options.special_tokens, wanted=check.wanted
+        tokenizer, texts, special_tokens=job.options.special_tokens, wanted=job.engine
     )
     return verdict
 
@@ -84,15 +73,3 @@ def _texts(preparation: Preparation, span: Span) -> Iterator[str]:
             document = preparation.document(row.content)
             if isinstance(document, Document):
                 yield document.text[:_MAX_TEXT_CHARS]
-
-
-def _beginning(texts: Iterator[str]) -> Sequence[str]:
-    """The first of them, up to a place's share of the sample."""
-    taken: list[str] = []
-    num_chars = 0
-    for text in texts:
-        taken.append(text)
-        num_chars += len(text)
-        if num_chars >= SAMPLE_CHARS // _MAX_PLACES:
-            break
-    return taken

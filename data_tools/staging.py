@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_curr.durable import sync
 from megatron_curr.errors import DataError
 
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
+
+
+def staging_of(output: Path) -> Path:
+    """Where ``output`` grows: beside it."""
+    return output.with_name(output.name + ".partial")
 
 
 def check_free(output: Path, *, overwrite: bool) -> None:
@@ -64,3 +71,26 @@ def locked(staging: Path, *, alone: bool) -> Iterator[None]:
             for left in (staging / "units").glob("*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Let the finished folder appear under its name, an old one go only then, and all else of the
+    staging area with it."""
+    sync(folder)
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.rename(output, old)
+    os.rename(folder, output)
+    sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    discard(output)
+
+
+def discard(output: Path) -> None:
+    """Remove the staging area. It loses its name first: half of one must not be taken up again."""
+    trash = output.with_name(output.name + ".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    if staging_of(output).exists():
+        os.rename(staging_of(output), trash)
+        shutil.rmtree(trash, ignore_errors=True)

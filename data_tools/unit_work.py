@@ -34,7 +34,7 @@ from megatron_curr.data.idx_format import token_dtype
 from megatron_curr.data.manifest import ShardRecord
 from megatron_curr.data.shard_writer import ShardWriter
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_curr.durable import sync_folder
+from megatron_curr.durable import sync
 from megatron_curr.errors import DataError
 
 RECORD = "unit.json"
@@ -149,9 +149,9 @@ def unchanged_tokenizer(path: str, sha256: str) -> Tokenizer:
     return tokenizer
 
 
-def warm_up(task: tuple[str, str], desk: Desk) -> None:
+def warm_up(job: Job, desk: Desk) -> None:
     """What a worker can do while the engine is still being chosen."""
-    unchanged_tokenizer(*task)
+    unchanged_tokenizer(job.tokenizer, job.tokenizer_sha256)
 
 
 @lru_cache(maxsize=2)
@@ -174,14 +174,14 @@ def work_on_unit(task: tuple[Job, Unit], desk: Desk) -> UnitRecord:
         record = _write_unit(job, unit, partial, desk)
         record.write(partial / RECORD)
         for path in partial.iterdir():
-            sync_folder(path)
-        sync_folder(partial)
+            sync(path)
+        sync(partial)
         try:
             os.rename(partial, final)
         except OSError:
             if not (final / RECORD).is_file():  # else another task made the same unit meanwhile
                 raise
-        sync_folder(final.parent)
+        sync(final.parent)
         return record
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -27,7 +27,7 @@ from megatron_curr.data.codecs import load_codec
 from megatron_curr.data.text_features import load_text_encoder
 from megatron_curr.data.video_shards import INDEX
 from megatron_curr.data.video_writer import pack_sample
-from megatron_curr.durable import sync_folder, write_durably
+from megatron_curr.durable import sync, write_durably
 
 DONE = "done.json"
 
@@ -71,13 +71,13 @@ def write_unit(unit: Unit, desk: Desk) -> dict[str, int]:
     try:
         counts = _write_samples(unit, partial)
         for path in partial.iterdir():
-            sync_folder(path)
+            sync(path)
         try:
             os.rename(partial, folder)
         except OSError:
             if not (folder / DONE).is_file():  # else another task made the same unit
                 raise
-        sync_folder(folder.parent)
+        sync(folder.parent)
         return counts
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -21,7 +21,7 @@ def write_durably(path: Path, text: str, *, beside: Path | None = None) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_once(path: Path, text: str) -> bool:
@@ -40,13 +40,13 @@ def write_once(path: Path, text: str) -> bool:
         return False
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
     return True
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the renames and new names inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

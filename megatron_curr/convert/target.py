@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_curr.durable import sync
 from megatron_curr.errors import CheckpointError
 
 _PLAN = "plan.json"
@@ -51,10 +52,10 @@ def written_beside(output: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
             yield partial
             (partial / _PLAN).unlink()
             for path in partial.rglob("*"):
-                _flush(path)
+                sync(path)
             check_empty(output)
             os.replace(partial, output)  # over an empty folder, too
-            _flush(output.parent)
+            sync(output.parent)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -71,11 +72,3 @@ def _is_of(partial: Path, text: str) -> bool:
         return (partial / _PLAN).read_text(encoding="utf-8") == text
     except OSError:
         return False
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

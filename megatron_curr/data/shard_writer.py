@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_curr.data.idx_format import bin_path, header_bytes, idx_path, masked_path
 from megatron_curr.data.manifest import ShardRecord
+from megatron_curr.durable import sync
 from megatron_curr.errors import DataError
 
 _MAX_SEQUENCE_TOKENS = 2**31 - 1
@@ -115,7 +116,7 @@ class ShardWriter:
         if masked:
             _write(masked_path(self.prefix), masked)
         _write(idx_path(self.prefix), index)
-        _sync(self.prefix.parent)
+        sync(self.prefix.parent)
         self.record = ShardRecord(
             name=self.prefix.name,
             num_documents=len(lengths),
@@ -168,14 +169,5 @@ def _write(path: Path, content: bytes) -> None:
     """Let a file appear when it is on disk."""
     partial = _partial(path)
     partial.write_bytes(content)
-    _sync(partial)
+    sync(partial)
     os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    """Flush one file, or a folder's names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_curr.durable import sync_folder, write_durably
+from megatron_curr.durable import sync, write_durably
 from megatron_curr.errors import CheckpointError
 from megatron_curr.incarnation.conclude import conclude_one
 from megatron_curr.incarnation.record import Claim, Incarnation, incarnations
@@ -65,7 +65,7 @@ class Pen:
     def put(self, grown: Path, target: Path) -> None:
         """Rename what has grown in the pen to its place, where nothing is yet."""
         self._guard(lambda: grown.rename(target))
-        sync_folder(target.parent)
+        sync(target.parent)
 
     def take(self, folder: Path) -> Path:
         """Rename a folder of the run into the pen; where it is now."""
@@ -127,7 +127,7 @@ def _take_pen(earlier: Incarnation, taken: Path) -> None:
         earlier.pen.rename(taken)
         with contextlib.suppress(FileExistsError):  # such a save was quicker: take that one as well
             earlier.pen.touch(exist_ok=False)
-        sync_folder(earlier.folder)
+        sync(earlier.folder)
 
 
 def _make(folder: Path, claim: Claim) -> bool:
@@ -144,7 +144,7 @@ def _make(folder: Path, claim: Claim) -> bool:
         if not (folder / f"{claim.incarnation:04d}").is_dir():
             raise
         return False
-    sync_folder(folder)
+    sync(folder)
     return True
 
 

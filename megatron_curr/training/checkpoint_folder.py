@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_curr.durable import sync_folder, write_durably
+from megatron_curr.durable import sync, write_durably
 from megatron_curr.incarnation.fence import Pen, fence_others
 from megatron_curr.incarnation.record import incarnations
 
@@ -189,7 +189,7 @@ def publish(saving: Path, target: Path, pen: Pen) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    sync_folder(saving)
+    sync(saving)
     pen.put(saving, target)
     pen.write(target.parent / LATEST, target.name + "\n")
 

@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_what_was_there_and_the_run_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(shard_writer, "_sync", full)
+        patched.setattr(shard_writer, "sync", full)
         with pytest.raises(DataError, match="the disk is full; nothing was published"):
             run([corpus], tmp_path / "a", overwrite=True)
     assert everything_in(tmp_path / "a") == before

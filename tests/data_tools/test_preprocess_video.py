@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
     output = tmp_path / "shapes"
     run(media, output, buckets=[IMAGE])
     before = content(output)
-    original = units.sync_folder
+    original = units.sync
     for room in (4, 8):  # in the first unit, and in the second
 
         def full(path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
             original(path)
 
         with monkeypatch.context() as patched:
-            patched.setattr(units, "sync_folder", full)
+            patched.setattr(units, "sync", full)
             with pytest.raises(DataError, match="the disk is full; nothing was published"):
                 run(media, output, overwrite=True)
         assert content(output) == before

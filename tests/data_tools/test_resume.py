@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import publish
+from data_tools import staging as area
 from megatron_curr.errors import DataError
 from tests.data_tools.text_corpora import TEXTS, everything_in, run, small_tokenizer, write_jsonl
 
@@ -168,7 +168,7 @@ def test_what_a_run_killed_while_tidying_up_left_is_not_taken_for_shards(
 ) -> None:
     output = tmp_path / "prose"
     with monkeypatch.context() as patched:
-        patched.setattr(publish, "discard", lambda run: None)
+        patched.setattr(area, "discard", lambda output: None)
         run(corpus[:1], output, **HOW)
     expected = everything_in(output)
     shutil.rmtree(output)
