@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_curr.incarnation.record import Record
 
-# Ends that say nothing about the step at which they happened: asked for, or before the first one.
+# Ends that say nothing about the step at which they happened.
 _NOT_OF_A_STEP = ("signal", "preflight", "no-meeting", "fenced")
 
 
@@ -40,7 +40,8 @@ def decide(records: Sequence[Record], rules: Rules) -> Decision:
     same = _repeats(records)
     if len(same) > 1:
         story = f"step {last.step} ended {len(same)} times with {last.cause}"
-        if last.resumed_step < max(record.resumed_step for record in same):
+        newest = max(record.resumed_step for record in same)
+        if any(record.resumed_step < newest for record in records[records.index(same[1]) :]):
             return Decision(False, f"{story}, from an older checkpoint, too: {last.detail}")
         return Decision(True, f"{story}: {last.detail}", goes_back=True)
     fruitless = _fruitless(records)
@@ -51,18 +52,30 @@ def decide(records: Sequence[Record], rules: Rules) -> Decision:
     return Decision(True, f"after {last.cause} at step {last.step}: {last.detail}")
 
 
-def _repeats(records: Sequence[Record]) -> Sequence[Record]:
-    """The records at the end that died at one step of one cause."""
-    last = records[-1]
-    if last.cause.partition(":")[0] in _NOT_OF_A_STEP:
-        return ()
-    first = len(records)
-    while first and (records[first - 1].step, records[first - 1].cause) == (last.step, last.cause):
-        first -= 1
-    return records[first:]
+def _repeats(records: Sequence[Record]) -> list[Record]:
+    """The records that died as the last did, at one step of one cause, since that was passed.
+
+    A start that took no step, such as one killed while it loads, says nothing about the checkpoint
+    it began from.
+    """
+
+    def key(record: Record) -> tuple[int, str] | None:
+        is_of_a_step = record.cause.partition(":")[0] not in _NOT_OF_A_STEP
+        took_steps = record.step > record.resumed_step
+        return (record.step, record.cause) if is_of_a_step and took_steps else None
+
+    last = key(records[-1])
+    same: list[Record] = []
+    for record in reversed(records):
+        if last is None or record.saved_step > last[0]:
+            break
+        if key(record) == last:
+            same.append(record)
+    return same[::-1]
 
 
 def _fruitless(records: Sequence[Record]) -> int:
+    """The starts at the end that made no checkpoint, whatever ended them."""
     count = 0
     for record in reversed(records):
         if record.saved_tokens > record.resumed_tokens:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.slurm.policy import Rules, decide, excluded_nodes
-from megatron_curr.incarnation.record import CAUSES, Record
+from megatron_curr.incarnation.record import Record
 
 RULES = Rules(max_fruitless=3, exclude_s=3600)
 
@@ -88,22 +89,57 @@ def test_other_causes_other_steps_and_requests_to_end_are_no_repetition() -> Non
     assert not decide([asked, asked], RULES).goes_back
 
 
-@given(
-    st.lists(
-        st.builds(
-            record,
-            cause=st.sampled_from(sorted(set(CAUSES) - {"complete"})),
-            step=st.integers(1, 3),
-            saved_tokens=st.just(0),
-        ),
-        min_size=3,
-        max_size=6,
-    )
-)
-def test_no_chain_lives_on_without_progress(records: list[Record]) -> None:
-    """It stops, or it does what it has not done yet: go back."""
-    decision = decide(records, RULES)
-    assert not decision.goes_on or decision.goes_back
+@pytest.mark.parametrize("cause", ["vanished", "lost-rank", "hang", "error:OutOfMemoryError"])
+def test_starts_that_take_no_step_are_counted_and_put_no_checkpoint_aside(cause: str) -> None:
+    """Killed while it loads: it stands where the start before saved."""
+    killed = death(cause=cause, step=10, resumed_step=10, resumed_tokens=1000, saved_tokens=1000)
+    chain = [record()]
+    for _ in range(2):
+        chain.append(killed)
+        decision = decide(chain, RULES)
+        assert decision.goes_on and not decision.goes_back
+    decision = decide([*chain, killed], RULES)
+    assert not decision.goes_on and "3 starts in a row made no checkpoint" in decision.why
+
+
+def test_a_preemption_between_two_deaths_at_a_step_hides_neither() -> None:
+    preempted = record(step=8, resumed_step=5, saved_step=8, saved_tokens=800)
+    decision = decide([death(), preempted, death(resumed_step=8)], RULES)
+    assert decision.goes_back
+    passed = record(step=12, saved_step=12, resumed_step=5)
+    assert not decide([death(), passed, death(resumed_step=5)], RULES).goes_back
+
+
+@given(st.data())
+def test_every_chain_that_gets_no_further_ends(data: st.DataObject) -> None:
+    """Whatever ends its starts, as long as no checkpoint lies behind the one at step 6."""
+    checkpoints, records = [0, 3, 6], [record(step=6, saved_step=6, saved_tokens=600)]
+    for _ in range(60):
+        decision = decide(records, RULES)
+        if not decision.goes_on:
+            return
+        if decision.goes_back:
+            checkpoints = [step for step in checkpoints if step < records[-1].resumed_step]
+            if not checkpoints:
+                return
+        begin = checkpoints[-1]
+        cause = data.draw(st.sampled_from(("vanished", "error:X", "signal:SIGTERM")))
+        step = begin + data.draw(st.integers(0, 2))
+        if cause.startswith("signal") and begin < step <= 6:
+            checkpoints.append(step)
+        saved = checkpoints[-1]
+        records.append(
+            record(
+                cause=cause,
+                step=step,
+                consumed_tokens=100 * step,
+                resumed_step=begin,
+                resumed_tokens=100 * begin,
+                saved_step=saved,
+                saved_tokens=100 * saved,
+            )
+        )
+    raise AssertionError("60 starts, and on")
 
 
 def test_failed_nodes_are_left_out_until_that_expires() -> None:
