@@ -100,7 +100,7 @@ def observe(prepared: Prepared, num_steps: int) -> Observation:
             loss = stepper.forward_backward(loader.take(plan))
             if not gradients:
                 gradients = full_gradients(chunks, groups)
-                _soften_adam(optimizer, gradients, clip_grad=recipe.optimizer.clip_grad)
+                soften_adam(optimizer, gradients, clip_grad=recipe.optimizer.clip_grad)
             update = stepper.update(replace(plan, learning_rate=learning_rate), loss)
             losses.append(loss.mean)
             grad_norms.append(update.grad_norm)
@@ -118,10 +118,10 @@ def observe(prepared: Prepared, num_steps: int) -> Observation:
     return observation
 
 
-def _soften_adam(
+def soften_adam(
     optimizer: MegatronOptimizer, gradients: Mapping[str, Tensor], *, clip_grad: float
 ) -> None:
-    """Set Adam's epsilon to the root mean square of the gradient, as it is after clipping."""
+    """Set Adam's epsilon to the root mean square of the gradient after clipping. Collective."""
     norm = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in gradients.values()))
     count = sum(gradient.numel() for gradient in gradients.values())
     shared = [min(norm, clip_grad) / math.sqrt(count)]
@@ -141,8 +141,8 @@ def compare(
     """How far ``ours`` is from the reference; see the head of this file for what counts."""
     quantities = {
         FIRST_WEIGHTS: list(_bit_differences(ours.first_weights, reference.first_weights)),
-        GRADIENTS: list(_differences(GRADIENTS, ours.gradients, reference.gradients)),
-        WEIGHTS: list(_differences(WEIGHTS, ours.weights, reference.weights)),
+        GRADIENTS: list(differences(GRADIENTS, ours.gradients, reference.gradients)),
+        WEIGHTS: list(differences(WEIGHTS, ours.weights, reference.weights)),
         LOSS: [Difference(LOSS, None, _largest_ratio(ours.losses, reference.losses))],
         GRAD_NORM: [
             Difference(GRAD_NORM, None, _largest_ratio(ours.grad_norms, reference.grad_norms))
@@ -178,10 +178,10 @@ def highest_learning_rate(recipe: RunRecipe) -> float:
     return max(rates)
 
 
-def _differences(
+def differences(
     quantity: str, ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> Iterator[Difference]:
-    """One for each parameter of either side, in the reference's order."""
+    """How far each parameter of either side is off, in the reference's order; see above."""
     largest_rms = max(_rms(tensor) for tensor in reference.values())
     for name in dict.fromkeys([*reference, *ours]):
         if not _are_alike(name, ours, reference):
@@ -197,8 +197,8 @@ def _differences(
 def _bit_differences(
     ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> Iterator[Difference]:
-    """As ``_differences``, but 0 only where every bit is the same."""
-    for difference in _differences(FIRST_WEIGHTS, ours, reference):
+    """As ``differences``, but 0 only where every bit is the same."""
+    for difference in differences(FIRST_WEIGHTS, ours, reference):
         name = difference.parameter
         is_equal = _are_alike(name, ours, reference) and torch.equal(ours[name], reference[name])
         yield difference if not is_equal else replace(difference, relative=0.0)

@@ -27,11 +27,13 @@ from megatron_curr.parallel.full_tensors import (
 from megatron_curr.parallel.groups import Groups, build_groups, destroy_groups
 from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.parallel import Parallel
+from megatron_curr.training.parity import soften_adam
 
 SEQ_LENGTH = 32
 MICRO_BATCH_SIZE = 1
 NUM_SAMPLES = 4
 VOCAB_SIZE = 250  # padded to 256
+CLIP_GRAD = 1.0
 
 
 def tiny_model(**changes: Any) -> Model:
@@ -148,6 +150,8 @@ def run_steps(
             micro_batch_size=parallel.micro_batch_tokens // SEQ_LENGTH,
         )
         gradients = full_gradients(ddp, groups)
+        if step == 0:
+            soften_adam(optimizer, gradients, clip_grad=CLIP_GRAD)
         finite, grad_norm, _ = optimizer.step()
         assert finite
     weights = full_parameters(ddp, groups)
@@ -199,7 +203,7 @@ def build_optimizer(
             optimizer="adam",
             lr=1e-3,
             weight_decay=0.1,
-            clip_grad=1.0,
+            clip_grad=CLIP_GRAD,
             bf16=precision == "bf16",
             params_dtype=PRECISIONS[precision],
             use_distributed_optimizer=parallel.use_distributed_optimizer,

@@ -51,8 +51,6 @@ def overlap_changes_nothing(rank: int, path: Path, layouts: dict) -> None:
         ours = run_steps(parallel, **VARIANTS[variant], bucket_size=BUCKET)
         if found := differences(ours, one_rank[variant]):
             wrong[name] = found
-        for weight, theirs in one_rank[variant].weights.items():
-            torch.testing.assert_close(ours.weights[weight], theirs, rtol=1e-4, atol=1e-5)
     assert not wrong, wrong
 
 

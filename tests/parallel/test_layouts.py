@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_curr.models.gpt import transformer_config
+from megatron_curr.training import parity
 from tests.parallel.layouts import Result, layout, run_steps, tiny_model
 from tests.ranks import run_ranks
 
@@ -72,10 +73,14 @@ def differences(ours: Result, one_rank: Result) -> list[str]:
         found.append(f"loss {ours.loss} for {one_rank.loss}")
     if abs(ours.grad_norm / one_rank.grad_norm - 1) > TOLERANCE:
         found.append(f"gradient norm {ours.grad_norm} for {one_rank.grad_norm}")
-    for name, gradient in one_rank.gradients.items():
-        difference = (ours.gradients[name] - gradient).norm() / gradient.norm()
-        if not difference <= TOLERANCE:
-            found.append(f"gradient of {name} by {difference:.1e}")
+    pairs = {
+        parity.GRADIENTS: (ours.gradients, one_rank.gradients),
+        parity.WEIGHTS: (ours.weights, one_rank.weights),
+    }
+    for quantity, (mine, theirs) in pairs.items():
+        for difference in parity.differences(quantity, mine, theirs):
+            if not difference.relative <= TOLERANCE:
+                found.append(str(difference))
     found += [f"replicas of {name}" for name in ours.unequal_replicas]
     for name, bias in one_rank.expert_biases.items():
         if not torch.equal(bias, ours.expert_biases[name]):
