@@ -13,7 +13,6 @@ from megatron_curr.convert.llama import (
     MLP,
     MLP_NORM,
     NAMES,
-    SHARED,
     TAIL,
     gated_mlp,
     layer_entry,
@@ -23,6 +22,17 @@ from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.recipe.model import Model
 
 _OURS = "self_attention."
+# Of the norms of latent queries, keys and values, whatever rms_norm_eps says: so the published
+# code, and transformers.
+_LATENT_EPSILON = 1e-6
+
+
+def _compressed(model: Model) -> bool:
+    return model.q_lora_rank is not None
+
+
+def _plain(model: Model) -> bool:
+    return model.q_lora_rank is None
 
 
 def _query_rank(model: Model) -> int:
@@ -48,19 +58,31 @@ def _key_value_dims(model: Model) -> int:
 _ATTENTION = (
     layer_entry("input_layernorm.weight", "input_layernorm.weight", all_rows(hidden)),
     layer_entry(
+        "self_attn.q_proj.weight",
+        f"{_OURS}linear_q_proj.weight",
+        all_rows(_query_dims),
+        hidden,
+        when=_plain,
+    ),
+    layer_entry(
         "self_attn.q_a_proj.weight",
         f"{_OURS}linear_q_down_proj.weight",
         all_rows(_query_rank),
         hidden,
+        when=_compressed,
     ),
     layer_entry(
-        "self_attn.q_a_layernorm.weight", f"{_OURS}q_layernorm.weight", all_rows(_query_rank)
+        "self_attn.q_a_layernorm.weight",
+        f"{_OURS}q_layernorm.weight",
+        all_rows(_query_rank),
+        when=_compressed,
     ),
     layer_entry(
         "self_attn.q_b_proj.weight",
         f"{_OURS}linear_q_up_proj.weight",
         all_rows(_query_dims),
         _query_rank,
+        when=_compressed,
     ),
     layer_entry(
         "self_attn.kv_a_proj_with_mqa.weight",
@@ -87,8 +109,9 @@ def _write(model: Model) -> dict[str, Any]:
     sparse = model.moe_layers
     dense = sparse.index(True) if True in sparse else len(sparse)
     shared, width = model.moe_shared_expert_intermediate_size or 0, model.expert_ffn_hidden_size
-    if model.q_lora_rank is None:
-        raise RecipeError("q_lora_rank is not set, there it is")
+    epsilon = model.latent_layernorm_epsilon or model.layernorm_epsilon
+    if epsilon != _LATENT_EPSILON:
+        raise RecipeError(f"latent_layernorm_epsilon is {epsilon}, there {_LATENT_EPSILON}")
     if any(not has for has in sparse[dense:]) or not any(sparse):
         raise RecipeError("moe_layer_freq has dense layers behind sparse ones, there all are first")
     if not shared or shared % width:
@@ -113,50 +136,34 @@ def _write(model: Model) -> dict[str, Any]:
         "num_key_value_heads": model.num_attention_heads,
         "num_nextn_predict_layers": 0,
     }
-    if model.yarn_scaling_factor is not None:
-        fields["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": model.yarn_scaling_factor,
-            "original_max_position_embeddings": model.yarn_original_max_position_embeddings,
-            "beta_fast": model.yarn_beta_fast,
-            "beta_slow": model.yarn_beta_slow,
-            "mscale": model.yarn_mscale,
-            "mscale_all_dim": model.yarn_mscale_all_dim,
-        }
     return fields
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    width, dense = config["moe_intermediate_size"], config.get("first_k_dense_replace", 0)
+    width, dense = config["moe_intermediate_size"], config["first_k_dense_replace"] or 0
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     if groups > 1 and config["num_experts_per_tok"] // chosen != 2:
         raise CheckpointError(
             f"config.json: num_experts_per_tok {config['num_experts_per_tok']} over topk_group "
             f"{chosen} is not 2; megatron-core scores a group by that many experts, DeepSeek by 2"
         )
+    if config["num_experts_per_tok"] == 1:
+        raise CheckpointError(
+            "config.json: num_experts_per_tok is 1, whose weight DeepSeek makes 1 and "
+            "megatron-core leaves as it is"
+        )
+    epsilon = config["rms_norm_eps"]
     settings = {
+        "latent_layernorm_epsilon": None if epsilon == _LATENT_EPSILON else _LATENT_EPSILON,
         "moe_layer_freq": [int(layer >= dense) for layer in range(config["num_hidden_layers"])],
         "moe_ffn_hidden_size": width,
-        "moe_shared_expert_intermediate_size": width * config.get("n_shared_experts", 1),
+        "moe_shared_expert_intermediate_size": width * config["n_shared_experts"],
         "moe_router_num_groups": groups if groups > 1 else None,
         "moe_router_group_topk": chosen if groups > 1 else None,
-        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
         "num_query_groups": config["num_attention_heads"],
     }
-    scaling = config.get("rope_scaling")
-    if not scaling:
-        return settings
-    if scaling.get("rope_type", scaling.get("type")) != "yarn":
-        raise CheckpointError(f"config.json: rope scaling {scaling} is not of the kind 'yarn'")
-    return {
-        **settings,
-        "yarn_scaling_factor": float(scaling["factor"]),
-        "yarn_original_max_position_embeddings": scaling["original_max_position_embeddings"],
-        "yarn_beta_fast": float(scaling.get("beta_fast") or 32),
-        "yarn_beta_slow": float(scaling.get("beta_slow") or 1),
-        "yarn_mscale": float(scaling.get("mscale") or 1),
-        "yarn_mscale_all_dim": float(scaling.get("mscale_all_dim") or 0),
-    }
+    return settings
 
 
 FAMILY = Family(
@@ -203,13 +210,26 @@ FAMILY = Family(
         "moe_layer_freq": (1,),
     },
     requires={"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    computed=SHARED
-    | {
-        *("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
-        *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
-        *("yarn_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"),
-        *("yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim"),
+    computed=frozenset(
+        {
+            *("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+            *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
+            *("latent_layernorm_epsilon", "q_lora_rank"),
+        }
+    ),
+    reads=frozenset(
+        {
+            *("moe_intermediate_size", "first_k_dense_replace", "n_group", "topk_group"),
+            *("n_shared_experts", "routed_scaling_factor", "num_experts_per_tok"),
+            *("num_attention_heads", "num_hidden_layers"),
+        }
+    ),
+    harmless={
+        "num_mtp_layers": "layers that predict a second token, which transformers passes over, too",
+        "num_nextn_predict_layers": "the same, as version 4 of transformers calls it",
+        "head_dim": "is qk_rope_head_dim",
     },
+    stretched=frozenset({"yarn"}),
     free=frozenset({"kv_channels", "num_query_groups"}),
     ignored=r"model\.layers\.NUM_LAYERS\..*",  # predicts a second token; transformers has none
     write=_write,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_curr.convert import rotations
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.recipe.model import Model
 
@@ -27,6 +28,8 @@ _NEUTRAL = {
     *("preset", "vocab_size", "make_vocab_size_divisible_by", "init_method_std"),
     *("moe_aux_loss_coeff", "moe_router_bias_update_rate"),
 }
+# What ``hf_config.py`` reads and writes for every family.
+_SHARED = rotations.SETTINGS | {"untie_embeddings_and_output_weights"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,16 @@ class Family:
     """The inverse of ``write``: settings of ``Model``."""
     computed: frozenset[str] = frozenset()
     """Settings of ``Model`` that ``read`` gives and ``write`` checks."""
+    reads: frozenset[str] = frozenset()
+    """Config fields that ``read`` looks at."""
+    harmless: Mapping[str, str] = field(default_factory=dict)
+    """Config fields of this class alone that change no logit, and why."""
+    stretched: frozenset[str] = rotations.DENSE
+    """Kinds of rotations beside the plain one."""
+    is_partly_rotated: bool = False
+    """Whether it has a config field for the part of a head that is rotated."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields and their defaults, where transformers has no class of it."""
     also_known_as: tuple[str, ...] = ()
     """Other values of ``architectures`` in configs of the same table."""
     ignored: str | None = None
@@ -117,18 +130,17 @@ class Family:
 
     def misfit(self, model: Model) -> str | None:
         """The first setting by which ``model`` is not of this architecture; None when it is."""
-        given = {*self.names.values(), *self.computed, *self.free, *_NEUTRAL}
+        given = {*self.names.values(), *self.computed, *self.free, *_NEUTRAL, *_SHARED}
         for name, info in Model.model_fields.items():
             if name in given or (model.num_moe_experts is None and name.startswith("moe_")):
                 continue
-            if not model.has_latent_attention and name.startswith(
-                ("yarn_", "qk_pos_", "qk_head", "v_head")
-            ):
+            if not model.has_latent_attention and name.startswith(("qk_pos_", "qk_head", "v_head")):
                 continue
             expected = self.requires.get(name, info.default)
             if getattr(model, name) != expected:
                 return f"{name} is {getattr(model, name)!r}, there {expected!r}"
         try:
+            self.rotations(model)
             self.write(model)
         except RecipeError as reason:
             return str(reason)
@@ -145,7 +157,8 @@ class Family:
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of ``Model`` from a ``config.json``.
 
-        Raises ``CheckpointError`` that names the field under which the table does not hold.
+        ``config`` is one that ``config_fields.settle`` has been through. Raises ``CheckpointError``
+        that names the field under which the table does not hold.
         """
         for published, values in self.fixed.items():
             found = config.get(published, values[0])
@@ -159,7 +172,24 @@ class Family:
             for published, ours in self.names.items()
             if config.get(published) is not None
         }
-        return {**self.requires, **named, **self.read(config)}
+        rope = rotations.read_rotations(
+            config["rope"],
+            kinds=self.stretched,
+            is_partial=self.is_partly_rotated,
+            max_positions=config.get("max_position_embeddings") or 0,
+        )
+        return {**self.requires, **rope, **named, **self.read(config)}
+
+    def rotations(self, model: Model) -> dict[str, Any]:
+        """``rope_parameters`` of a config; raises ``RecipeError`` for those it does not have."""
+        return rotations.write_rotations(
+            model, kinds=self.stretched, is_partial=self.is_partly_rotated
+        )
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Config fields that are read, or whose values are refused, or that change no logit."""
+        return frozenset({*self.names, *self.fixed, *self.reads, *self.harmless})
 
     def is_ignored(self, published: str, model: Model) -> bool:
         """Whether a published tensor is something else than a weight of this model."""

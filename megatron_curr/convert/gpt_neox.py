@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_curr.convert.family import Entry, Family, RowsOf, all_rows, ffn, hidden, untied
-from megatron_curr.convert.llama import QKV, SHARED
+from megatron_curr.convert.llama import QKV
 from megatron_curr.convert.qwen2 import plain_heads
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.model import Model
@@ -38,12 +38,12 @@ def _write(model: Model) -> dict[str, Any]:
             f"num_query_groups is {model.num_query_groups}, there one for each of the "
             f"{model.num_attention_heads} heads"
         )
-    return {"rotary_pct": model.rotary_percent, "partial_rotary_factor": model.rotary_percent}
+    # What version 4 of transformers reads.
+    return {"rotary_pct": model.rotary_percent, "rotary_emb_base": model.rotary_base}
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    percent = config.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    return {"rotary_percent": float(percent), "num_query_groups": config["num_attention_heads"]}
+    return {"num_query_groups": config["num_attention_heads"]}
 
 
 FAMILY = Family(
@@ -78,15 +78,10 @@ FAMILY = Family(
         "layer_norm_eps": "layernorm_epsilon",
         "use_parallel_residual": "parallel_residual",
     },
-    fixed={
-        "hidden_act": ("gelu",),
-        "attention_bias": (True,),
-        "attention_dropout": (0.0,),
-        "hidden_dropout": (0.0,),
-    },
+    fixed={"hidden_act": ("gelu",), "attention_bias": (True,)},
     requires={"normalization": "LayerNorm", "activation": "gelu", "linear_biases": "all"},
-    computed=SHARED | {"rotary_percent", "num_query_groups", "kv_channels"},
+    computed=frozenset({"num_query_groups", "kv_channels"}),
+    is_partly_rotated=True,
     write=_write,
     read=_read,
-    ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
 )

@@ -25,9 +25,12 @@ from megatron_curr.convert import (
     qwen3_moe,
     telechat2,
 )
+from megatron_curr.convert.config_fields import settle
 from megatron_curr.convert.family import Family
 from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.recipe.expert_rules import expert_combinations
 from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.model_rules import combinations
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY
@@ -47,7 +50,8 @@ REFUSED = {
     "Qwen2MoeForCausalLM": "our shared experts have no gate of their own",
     "GPT2LMHeadModel": "our models rotate positions and learn no table of them",
 }
-_PLAIN = (None, "default")
+# Of the rotations, what version 4 of transformers has beside ``rope_scaling``.
+_BESIDE = ("rope_theta", "partial_rotary_factor")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -89,9 +93,9 @@ def choose_family(model: Model, *, architecture: str | None = None) -> Family:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` with rotations under ``rope_theta`` and ``rope_scaling``, whoever wrote it.
+    """``config.json`` as transformers' class of its architecture takes it (``config_fields.py``).
 
-    Raises ``CheckpointError`` when there is none, or the two ways to write rotations differ.
+    Raises ``CheckpointError`` when there is none, or a field stands against conversion.
     """
     path = folder / "config.json"
     try:
@@ -102,24 +106,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is no JSON ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is no mapping")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise CheckpointError(f"{path}: the weights are quantised; dequantise them to bf16 first")
-    new, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling")
-    theta = config.get("rope_theta", config.get("rotary_emb_base"))
-    if new and theta is not None and new.get("rope_theta", theta) != theta:
-        raise CheckpointError(
-            f"{path}: rope_theta is {theta} and rope_parameters.rope_theta {new['rope_theta']}; "
-            "readers disagree which of the two counts: make them equal"
-        )
-    config["rope_theta"] = float(new.get("rope_theta", 10_000.0 if theta is None else theta))
-    if "partial_rotary_factor" in new:
-        config["partial_rotary_factor"] = new["partial_rotary_factor"]
-    if new.get("rope_type") not in _PLAIN:
-        scaling = {key: value for key, value in new.items() if key != "rope_theta"}
-    if scaling:
-        scaling = {"rope_type": scaling.get("type"), **scaling}
-    config["rope_scaling"] = scaling if scaling and scaling["rope_type"] not in _PLAIN else None
-    return config
+    return settle(config, family_of(config))
 
 
 def model_of(config: Mapping[str, Any], family: Family) -> Model:
@@ -127,15 +116,19 @@ def model_of(config: Mapping[str, Any], family: Family) -> Model:
 
     Raises ``CheckpointError`` for what the family's table does not cover.
     """
+    model = _model_of(config, family)
+    asked = {ours: published for published, ours in family.names.items()}
+    for problem in (*combinations(model), *expert_combinations(model)):
+        setting = str(problem.path[-1])
+        raise CheckpointError(
+            f"config.json: {asked.get(setting, setting)} is not converted: model.{setting} "
+            f"{problem.message}"
+        )
+    return model
+
+
+def _model_of(config: Mapping[str, Any], family: Family) -> Model:
     try:
-        if config["rope_scaling"] and not family.computed & {
-            "rope_scaling_factor",
-            "yarn_scaling_factor",
-        }:
-            raise CheckpointError(
-                f"config.json: rope scaling {config['rope_scaling']} is not converted for "
-                f"{family.architecture}"
-            )
         vocab_size = config["vocab_size"]
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise CheckpointError(f"config.json: vocab_size is {vocab_size!r}, which is no count")
@@ -144,9 +137,8 @@ def model_of(config: Mapping[str, Any], family: Family) -> Model:
                 "vocab_size": vocab_size,
                 # As it is published: rows that only pad enter the softmax.
                 "make_vocab_size_divisible_by": min(vocab_size & -vocab_size, 128),
-                "rotary_base": config["rope_theta"],
                 "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-                "init_method_std": float(config.get("initializer_range", 0.02)),
+                "init_method_std": float(config.get("initializer_range") or 0.02),
                 **family.settings(config),
             }
         )
@@ -169,21 +161,18 @@ def write_config(
     dtype: str,
 ) -> dict[str, Any]:
     """The text of ``config.json``, for transformers 4 and 5."""
-    own = family.config(model)
-    scaling = own.pop("rope_scaling", None)
-    rotations = {"rope_type": "default", **(scaling or {}), "rope_theta": model.rotary_base}
-    if "partial_rotary_factor" in own:
-        rotations["partial_rotary_factor"] = own["partial_rotary_factor"]
-        own["rotary_emb_base"] = model.rotary_base
+    rope = family.rotations(model)
+    stretched = {key: value for key, value in rope.items() if key not in _BESIDE}
+    beside = {key: rope[key] for key in _BESIDE if key in rope}
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocab_size,
-        **own,
+        **family.config(model),
         "initializer_range": model.init_method_std,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": scaling,
-        "rope_parameters": rotations,
+        **beside,
+        "rope_scaling": stretched if stretched["rope_type"] != "default" else None,
+        "rope_parameters": rope,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
         **token_ids,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 from megatron_curr.convert.family import (
     Entry,
@@ -22,7 +21,6 @@ from megatron_curr.convert.family import (
     up_rows,
     value_rows,
 )
-from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.model import Model
 
 HEAD = (Entry("model.embed_tokens.weight", "embedding.word_embeddings.weight", None, hidden),)
@@ -39,10 +37,11 @@ def layer_entry(
     rows: RowsOf,
     columns: WidthOf | None = None,
     where: Where = "every",
+    when: Callable[[Model], bool] = lambda model: True,
 ) -> Entry:
     """A tensor that layers have, by its names inside the layer."""
     prefix = ("model.layers.{layer}.", "decoder.layers.{layer}.")
-    return Entry(prefix[0] + published, prefix[1] + stored, rows, columns, where)
+    return Entry(prefix[0] + published, prefix[1] + stored, rows, columns, where, when)
 
 
 def gated_mlp(
@@ -103,41 +102,7 @@ NAMES = {
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "layernorm_epsilon",
 }
-SHARED = frozenset({"rotary_base", "untie_embeddings_and_output_weights"})
-"""Settings that ``hf_config.py`` reads and writes for every family."""
-FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,)}
-
-
-def write_scaling(model: Model) -> dict[str, Any]:
-    """Rotations stretched as in Llama 3.1; transformers reads either name."""
-    if model.rope_scaling_factor is None:
-        return {}
-    return {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    }
-
-
-def read_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of ``write_scaling``. Raises ``CheckpointError`` for another kind of scaling."""
-    scaling = config.get("rope_scaling")
-    if not scaling:
-        return {}
-    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    known["original_max_position_embeddings"] = 8192
-    if scaling.get("rope_type") != "llama3" or any(
-        scaling.get(name) != value for name, value in known.items()
-    ):
-        raise CheckpointError(
-            f"config.json: rope scaling {scaling} is not megatron-core's, which is Llama 3.1's: "
-            f"rope_type 'llama3' with {known}"
-        )
-    return {"rope_scaling_factor": float(scaling["factor"])}
+FIXED = {"hidden_act": ("silu",)}
 
 
 FAMILY = Family(
@@ -147,9 +112,5 @@ FAMILY = Family(
     layer=LAYER,
     tail=TAIL,
     names=NAMES,
-    fixed={**FIXED, "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,)},
-    computed=SHARED | {"rope_scaling_factor"},
-    write=write_scaling,
-    read=read_scaling,
-    ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    fixed={**FIXED, "attention_bias": (False,), "mlp_bias": (False,)},
 )

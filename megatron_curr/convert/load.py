@@ -43,8 +43,9 @@ _FREE = {
 }
 # What training on longer sequences changes on purpose.
 _STRETCHED = {
-    *("rotary_base", "rope_scaling_factor", "yarn_scaling_factor", "yarn_mscale"),
-    *("yarn_original_max_position_embeddings", "yarn_mscale_all_dim"),
+    *("rotary_base", "rope_scaling_factor", "seq_len_interpolation_factor"),
+    *("yarn_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim"),
 }
 
 

@@ -13,12 +13,11 @@ from megatron_curr.convert.llama import (
     INPUT_NORM,
     MLP_NORM,
     NAMES,
-    SHARED,
     TAIL,
     gated_mlp,
     layer_entry,
 )
-from megatron_curr.convert.mistral import whole_window
+from megatron_curr.convert.mistral import WINDOW, whole_window
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.model import Model
 
@@ -57,7 +56,7 @@ def write_experts(model: Model) -> dict[str, Any]:
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**whole_window(config), "moe_ffn_hidden_size": config.get("intermediate_size")}
+    return {**whole_window(config), "moe_ffn_hidden_size": config["intermediate_size"]}
 
 
 FAMILY = Family(
@@ -77,8 +76,10 @@ FAMILY = Family(
         "num_experts_per_tok": "moe_router_topk",
         "router_aux_loss_coef": "moe_aux_loss_coeff",
     },
-    fixed={**FIXED, "router_jitter_noise": (0.0,)},
-    computed=SHARED | {"moe_ffn_hidden_size", "moe_layer_freq"},
+    fixed=FIXED,
+    computed=frozenset({"moe_ffn_hidden_size", "moe_layer_freq"}),
+    reads=WINDOW | {"intermediate_size"},
+    harmless={"router_jitter_noise": "moves the router's input while training"},
     write=write_experts,
     read=_read,
 )

@@ -9,7 +9,6 @@ from megatron_curr.convert.llama import (
     HEAD,
     MLP,
     NAMES,
-    SHARED,
     TAIL,
     layer_entry,
 )
@@ -49,6 +48,5 @@ FAMILY = Family(
         "qk_layernorm": True,
         "qk_layernorm_over": "projection",
     },
-    computed=SHARED,
     write=plain_heads,
 )

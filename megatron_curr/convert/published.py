@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,31 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_NOT_WEIGHTS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+# What modules once kept in their state: masks of attention and tables of rotations.
+_ROTATIONS = re.compile(r".*\brotary_emb\.(inv_freq|original_inv_freq|(cos|sin)_cached)")
+_MASKS = re.compile(r".*\b(attn|attention|self_attn)\.(bias|masked_bias|causal_mask)")
 
 
 def open_published(folder: Path, *, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """Views of every tensor of the folder's weight files, by name.
+    """Views of every weight of the folder's weight files, by name; buffers are passed over.
 
     Files of safetensors, or torch's own read with ``weights_only``; ``trust_pickle`` gives that
     up. Raises ``CheckpointError`` that names the file, and the tensor where there is one.
     """
     tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    index, files = _weight_files(folder)
+    for path in files:
         found = (
             read_safetensors(path)
             if path.suffix == ".safetensors"
@@ -43,8 +59,15 @@ def open_published(folder: Path, *, trust_pickle: bool = False) -> dict[str, Ten
         if twice := sorted(tensors.keys() & found.keys()):
             raise CheckpointError(f"{path}: {twice[0]} is in another file of the folder, too")
         tensors.update(found)
-    _check_index(folder, tensors)
-    return tensors
+    if index is not None:
+        _check_index(index, tensors)
+    return {name: tensor for name, tensor in tensors.items() if not is_buffer(name, tensor)}
+
+
+def is_buffer(name: str, tensor: Tensor) -> bool:
+    """Whether it is a mask or a table of rotations, of any dtype, and no weight."""
+    # The bias of a linear may go by the name of a mask; it is a vector, which no mask is.
+    return bool(_ROTATIONS.fullmatch(name) or (tensor.dim() != 1 and _MASKS.fullmatch(name)))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -67,12 +90,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _view(mapped: memoryview, base: int, name: str, entry: Mapping[str, Any]) -> Tensor:
-    if entry["dtype"] not in DTYPES:
+    known = DTYPES | _NOT_WEIGHTS
+    if entry["dtype"] not in known:
         raise ValueError(
             f"{name} is {entry['dtype']}; only {', '.join(DTYPES)} convert: dequantise it first"
         )
     start, end = entry["data_offsets"]
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = known[entry["dtype"]], tuple(entry["shape"])
     if end - start != dtype.itemsize * torch.Size(shape).numel():
         raise ValueError(f"{name} has {end - start:,} bytes, which is not its shape {shape}")
     return view_of_bytes(mapped[base + start : base + end], dtype).view(shape)
@@ -93,16 +117,26 @@ def read_torch(path: Path, *, trust_pickle: bool) -> dict[str, Tensor]:
     return found
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The index, where there is one, and the files of the weights; others do not matter.
+
+    As transformers chooses: safetensors before torch's own, one file before several.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = [folder / file for file in sorted(set(_listed(index).values()))]
-            if absent := [path for path in files if not path.is_file()]:
+        index, whole = folder / f"{name}.index.json", folder / name
+        try:
+            files = sorted(set(_listed(index).values())) if index.is_file() else []
+        except CheckpointError:
+            if not whole.is_file():
+                raise
+            files = []
+        if whole.is_file() and name not in files:
+            return None, [whole]
+        if files:
+            paths = [folder / file for file in files]
+            if absent := [path for path in paths if not path.is_file()]:
                 raise CheckpointError(f"{absent[0]}: is missing, and {index.name} lists it")
-            return files
-        if (folder / name).is_file():
-            return [folder / name]
+            return index, paths
     raise CheckpointError(
         f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of several; give the "
         "folder of a model that was downloaded whole"
@@ -118,13 +152,12 @@ def _listed(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: is damaged ({error})") from error
 
 
-def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    for index in folder.glob("*.index.json"):
-        for name, file in _listed(index).items():
-            if name not in tensors:
-                raise CheckpointError(
-                    f"{index}: lists {name} in {file}, where it is not; download that file again"
-                )
+def _check_index(index: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, file in _listed(index).items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{index}: lists {name} in {file}, where it is not; download that file again"
+            )
 
 
 @dataclass(frozen=True)
@@ -203,6 +236,11 @@ def check_published(
             raise CheckpointError(
                 f"{name} is missing from the weight files; {family.architecture} of this "
                 "config.json has it"
+            )
+        if tensors[name].dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}; only "
+                f"{', '.join(DTYPES)} convert: dequantise it first"
             )
         found = tuple(tensors[name].shape)
         if found != piece.shape:

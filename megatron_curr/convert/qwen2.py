@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_curr.convert.family import Family
-from megatron_curr.convert.llama import FIXED, HEAD, LAYER, NAMES, QKV_BIASES, SHARED, TAIL
+from megatron_curr.convert.llama import FIXED, HEAD, LAYER, NAMES, QKV_BIASES, TAIL
+from megatron_curr.convert.mistral import WINDOW, whole_windows
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.model import Model
 
@@ -19,6 +20,9 @@ def plain_heads(model: Model) -> dict[str, Any]:
     return {}
 
 
+QWEN_WINDOW = WINDOW | {"layer_types", "use_sliding_window", "max_window_layers"}
+"""Config fields that say which layers look through a window."""
+
 FAMILY = Family(
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
@@ -26,8 +30,9 @@ FAMILY = Family(
     layer=(*LAYER, *QKV_BIASES),
     tail=TAIL,
     names=NAMES,
-    fixed={**FIXED, "use_sliding_window": (False,)},
+    fixed=FIXED,
     requires={"add_qkv_bias": True},
-    computed=SHARED,
-    write=plain_heads,
+    reads=QWEN_WINDOW,
+    read=whole_windows,
+    write=lambda model: {**plain_heads(model), "use_sliding_window": False},
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from megatron_curr.convert.family import Family, all_rows, head_width
-from megatron_curr.convert.llama import FIXED, HEAD, LAYER, NAMES, SHARED, TAIL, layer_entry
+from megatron_curr.convert.llama import FIXED, HEAD, LAYER, NAMES, TAIL, layer_entry
+from megatron_curr.convert.mistral import whole_windows
+from megatron_curr.convert.qwen2 import QWEN_WINDOW
 
 QUERY_KEY_NORMS = tuple(
     layer_entry(
@@ -21,7 +23,9 @@ FAMILY = Family(
     layer=(*LAYER, *QUERY_KEY_NORMS),
     tail=TAIL,
     names=NAMES,
-    fixed={**FIXED, "attention_bias": (False,), "use_sliding_window": (False,)},
+    fixed={**FIXED, "attention_bias": (False,)},
     requires={"qk_layernorm": True},
-    computed=SHARED,
+    reads=QWEN_WINDOW,
+    read=whole_windows,
+    write=lambda model: {"use_sliding_window": False},
 )

@@ -15,9 +15,9 @@ from megatron_curr.convert.llama import (
     MLP,
     MLP_NORM,
     NAMES,
-    SHARED,
     TAIL,
 )
+from megatron_curr.convert.mistral import WINDOW, whole_window
 from megatron_curr.convert.mixtral import routed_experts
 from megatron_curr.convert.qwen3 import QUERY_KEY_NORMS
 from megatron_curr.recipe.model import Model
@@ -32,17 +32,19 @@ def _write(model: Model) -> dict[str, Any]:
         "norm_topk_prob": not model.moe_router_pre_softmax,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, sparse in enumerate(model.moe_layers) if not sparse],
+        "use_sliding_window": False,
     }
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    dense, step = config.get("mlp_only_layers") or [], config["decoder_sparse_step"]
     layers = range(config["num_hidden_layers"])
     sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
     return {
-        "num_moe_experts": config.get("num_experts", config.get("num_local_experts")),
+        **whole_window(config),
+        "num_moe_experts": config["num_experts"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": not config["norm_topk_prob"],
         "moe_layer_freq": 1 if all(sparse) else sparse,
     }
 
@@ -65,10 +67,16 @@ FAMILY = Family(
         "num_experts_per_tok": "moe_router_topk",
         "router_aux_loss_coef": "moe_aux_loss_coeff",
     },
-    fixed={**FIXED, "attention_bias": (False,), "use_sliding_window": (False,)},
+    fixed={**FIXED, "attention_bias": (False,)},
     requires={"qk_layernorm": True},
-    computed=SHARED
-    | {"num_moe_experts", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq"},
+    computed=frozenset(
+        {"num_moe_experts", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq"}
+    ),
+    reads=WINDOW
+    | {
+        *("num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"),
+        *("mlp_only_layers", "use_sliding_window"),
+    },
     write=_write,
     read=_read,
 )

@@ -24,7 +24,7 @@ from megatron_curr.convert.family import (
     untied,
     up_rows,
 )
-from megatron_curr.convert.llama import QKV, SHARED
+from megatron_curr.convert.llama import QKV
 from megatron_curr.convert.qwen2 import plain_heads
 from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.model import Model
@@ -47,7 +47,7 @@ def _write(model: Model) -> dict[str, Any]:
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    base, longest = config.get("base_seqlen"), config.get("training_seqlen")
+    base, longest = config["base_seqlen"], config["training_seqlen"]
     if base != longest or not base:
         raise CheckpointError(
             f"config.json: base_seqlen {base} and training_seqlen {longest} differ, so rotations "
@@ -56,7 +56,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = config["n_head"]
     return {
         "max_position_embeddings": longest,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "num_query_groups": config["num_key_value_heads"] or heads,
     }
 
 
@@ -105,11 +105,29 @@ FAMILY = Family(
     fixed={
         "apply_residual_connection_post_layernorm": (False,),
         "embed_layernorm": (False,),
-        "hidden_dropout": (0.0,),
-        "attention_dropout": (0.0,),
     },
     requires={"linear_biases": "into_residual"},
-    computed=SHARED | {"max_position_embeddings", "kv_channels"},
+    computed=frozenset({"max_position_embeddings", "kv_channels"}),
+    stretched=frozenset(),
+    reads=frozenset({"base_seqlen", "training_seqlen"}),
+    harmless={"seq_length": "the published code reads training_seqlen"},
+    # Of the published configuration_telechat2.py.
+    defaults={
+        "vocab_size": 160_256,
+        "hidden_size": 4096,
+        "n_layer": 30,
+        "n_head": 32,
+        "num_key_value_heads": None,
+        "ffn_hidden_size": 12_288,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "apply_residual_connection_post_layernorm": False,
+        "embed_layernorm": False,
+        "seq_length": 8192,
+        "training_seqlen": 8192,
+        "base_seqlen": 8192,
+        "tie_word_embeddings": False,
+    },
     write=_write,
     read=_read,
 )

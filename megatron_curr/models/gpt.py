@@ -63,7 +63,20 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
         **activation(model),
         **latent_settings(model),
     }
-    return kind(**settings)
+    config = kind(**settings)
+    if model.yarn_scaling_factor is not None and not model.has_latent_attention:
+        _set_yarn(config, model)
+    return config
+
+
+def _set_yarn(config: TransformerConfig, model: Model) -> None:
+    """Attributes that megatron-core's YaRN of plain attention looks for; no fields of the class."""
+    config.position_embedding_type = "yarn"
+    config.yarn_rotary_scaling_factor = model.yarn_scaling_factor
+    config.yarn_original_max_position_embeddings = model.yarn_original_max_position_embeddings
+    config.yarn_beta_fast, config.yarn_beta_slow = model.yarn_beta_fast, model.yarn_beta_slow
+    config.yarn_mscale, config.yarn_mscale_all_dim = model.yarn_mscale, model.yarn_mscale_all_dim
+    config.yarn_correction_range_round_to_int = True
 
 
 def build_gpt(
@@ -108,6 +121,7 @@ def build_gpt(
         rotary_percent=model.rotary_percent,
         rope_scaling=model.rope_scaling_factor is not None,
         rope_scaling_factor=model.rope_scaling_factor or 1.0,
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
         pg_collection=groups.pg_collection,
         vp_stage=vp_stage,
     )

@@ -8,6 +8,7 @@ where the sequence is gathered, so tensor parallelism needs sequence parallelism
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,9 +58,22 @@ class LatentAttention(MLASelfAttention):
         )
 
 
-def latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
+@cache
+def _with_epsilon(norm: type, epsilon: float) -> type:
+    class NormOfEpsilon(norm):
+        """The norm with an epsilon of its own, whatever the model's other norms have."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "eps": epsilon})
+
+    return NormOfEpsilon
+
+
+def latent_attention(backend: BackendSpecProvider, model: Model) -> ModuleSpec:
     """Latent attention of the backend's modules, its norms apart from the linears."""
     column, norm = backend.column_parallel_linear(), backend.layer_norm(rms_norm=True)
+    if model.latent_layernorm_epsilon is not None:
+        norm = _with_epsilon(norm, model.latent_layernorm_epsilon)
     return ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},

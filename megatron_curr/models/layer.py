@@ -70,7 +70,7 @@ def layer_spec(backend: BackendSpecProvider, model: Model, *, has_experts: bool)
         submodules=TransformerLayerSubmodules(
             input_layernorm=own_norm if model.has_latent_attention else norm,
             self_attention=(
-                latent_attention(backend)
+                latent_attention(backend, model)
                 if model.has_latent_attention
                 else _attention(backend, model, into_layer)
             ),

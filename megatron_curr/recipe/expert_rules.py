@@ -25,7 +25,11 @@ _FOR_EXPERTS = (
 
 def experts(recipe: Recipe) -> Iterator[Problem]:
     """The model's own settings of experts agree with each other."""
-    model = recipe.model
+    yield from expert_combinations(recipe.model)
+
+
+def expert_combinations(model: Model) -> Iterator[Problem]:
+    """As ``experts``, of a model by itself."""
     count = model.num_moe_experts
     if count is None:
         for field in _FOR_EXPERTS:

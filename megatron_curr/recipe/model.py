@@ -42,6 +42,27 @@ class Model(Section):
         description="Llama 3.1's stretching of slow rotations, from an original length of 8,192 "
         "(low and high frequency factors 1 and 4)",
     )
+    seq_len_interpolation_factor: float | None = Field(
+        None, gt=1, description="Linear stretching of rotations: positions are divided by it"
+    )
+    yarn_scaling_factor: float | None = Field(
+        None, gt=1, description="YaRN's stretching of rotations (2309.00071); default: none"
+    )
+    yarn_original_max_position_embeddings: int = Field(
+        4096, gt=0, description="Longest sequence before it was stretched, tokens"
+    )
+    yarn_beta_fast: float = Field(
+        32.0, gt=0, description="Rotations in that length from which on a frequency stays as it is"
+    )
+    yarn_beta_slow: float = Field(
+        1.0, gt=0, description="Rotations below which a frequency is stretched in full"
+    )
+    yarn_mscale: float = Field(
+        1.0, ge=0, description="Weight of log(factor) in what queries and keys are multiplied by"
+    )
+    yarn_mscale_all_dim: float = Field(
+        0.0, ge=0, description="The same of what they are divided by; latent: of the softmax scale"
+    )
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_position: Literal["before", "after"] = Field(
         "before", description="Norms of a block's input, or of its output before it is added"
@@ -74,14 +95,9 @@ class Model(Section):
     qk_head_dim: int = Field(128, gt=0, description="Multi-latent: head dim without rotation")
     qk_pos_emb_head_dim: int = Field(64, gt=0, description="Multi-latent: head dim rotated")
     v_head_dim: int = Field(128, gt=0, description="Multi-latent: head dim of values")
-    yarn_scaling_factor: float | None = Field(
-        None, gt=1, description="Multi-latent: YaRN's stretching of rotations; default: none"
+    latent_layernorm_epsilon: float | None = Field(
+        None, gt=0, description="Multi-latent: of the latent norms; default: layernorm_epsilon"
     )
-    yarn_original_max_position_embeddings: int = Field(4096, gt=0)
-    yarn_beta_fast: float = Field(32.0, gt=0)
-    yarn_beta_slow: float = Field(1.0, gt=0)
-    yarn_mscale: float = Field(1.0, ge=0)
-    yarn_mscale_all_dim: float = Field(0.0, ge=0)
 
     num_moe_experts: int | None = Field(None, gt=1, description="Routed experts of a layer")
     moe_ffn_hidden_size: int | None = Field(

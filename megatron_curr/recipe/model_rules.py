@@ -26,7 +26,19 @@ _APART: tuple[tuple[str, Any, dict[str, Any]], ...] = (
 
 def architecture(recipe: Recipe) -> Iterator[Problem]:
     """The model's settings, experts aside, agree with each other and with the layout."""
-    model = recipe.model
+    model, parallel = recipe.model, recipe.parallel
+    yield from combinations(model)
+    tp_size = parallel.tensor_model_parallel_size
+    if model.has_latent_attention and tp_size > 1 and not parallel.sequence_parallel:
+        yield Problem(
+            ("parallel", "sequence_parallel"),
+            "false; multi-latent attention over tensor ranks needs true: otherwise the gradient of "
+            "the key that heads share would lack the other ranks' parts",
+        )
+
+
+def combinations(model: Model) -> Iterator[Problem]:
+    """The model's settings, experts aside, agree with each other."""
     for name, value, needed in _APART:
         if getattr(model, name) == value:
             yield from _must_be(model, needed, because=f"{name} {_told(value)}")
@@ -43,13 +55,27 @@ def architecture(recipe: Recipe) -> Iterator[Problem]:
             f"found {model.rotary_percent}; rotates {rotated:g} of {model.kv_channels} dims of a "
             "head, which must be an even number",
         )
-    yield from _latent(recipe)
+    yield from _stretched_rotations(model)
+    yield from _latent(model)
 
 
-def _latent(recipe: Recipe) -> Iterator[Problem]:
-    model, parallel = recipe.model, recipe.parallel
+def _stretched_rotations(model: Model) -> Iterator[Problem]:
+    kinds = ("rope_scaling_factor", "seq_len_interpolation_factor", "yarn_scaling_factor")
+    given = [name for name in kinds if getattr(model, name) is not None]
+    if len(given) > 1:
+        yield Problem(
+            ("model", given[1]), f"rotations are stretched one way: leave out this or {given[0]}"
+        )
+    if model.yarn_scaling_factor is not None and model.rotary_percent != 1.0:
+        yield Problem(
+            ("model", "rotary_percent"),
+            f"found {model.rotary_percent}; megatron-core's YaRN rotates whole heads: set 1.0",
+        )
+
+
+def _latent(model: Model) -> Iterator[Problem]:
     if not model.has_latent_attention:
-        for field in ("q_lora_rank", "yarn_scaling_factor"):
+        for field in ("q_lora_rank", "latent_layernorm_epsilon"):
             if getattr(model, field) is not None:
                 yield Problem(
                     ("model", field), "is for multi-latent attention; set kv_lora_rank as well"
@@ -62,14 +88,9 @@ def _latent(recipe: Recipe) -> Iterator[Problem]:
         "add_qkv_bias": False,
         "rotary_percent": 1.0,
         "rope_scaling_factor": None,
+        "seq_len_interpolation_factor": None,
     }
     yield from _must_be(model, plain, because="kv_lora_rank")
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        yield Problem(
-            ("parallel", "sequence_parallel"),
-            "false; multi-latent attention over tensor ranks needs true: otherwise the gradient of "
-            "the key that heads share would lack the other ranks' parts",
-        )
 
 
 def expert_groups(model: Model) -> Iterator[Problem]:

@@ -86,7 +86,7 @@ def build_toy(source: Source, parallel, groups):
         parallel=parallel,
         precision="fp32",
         groups=groups,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=source.vocab_size,
         isolate_documents=False,
         seed=None,
     ).eval()
@@ -194,7 +194,6 @@ def test_configs_come_back_as_transformers_reads_them(
     # Read as version 4 writes it, it is the same model.
     del fields["rope_parameters"], fields["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert read_config(tmp_path)["rope_scaling"] == read_config(toys / name / "hf")["rope_scaling"]
     again = source.family().settings(read_config(tmp_path))
     first = source.family().settings(read_config(toys / name / "hf"))
     assert {**first, "kv_channels": None} == {**again, "kv_channels": None}

@@ -169,8 +169,14 @@ def test_a_family_that_cannot_be_exact_is_refused_with_the_reason(
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"rope_theta": 5e5}, "rope_theta is 500000.0 and rope_parameters.rope_theta 10000.0"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "is not megatron-core's",
+            {
+                "rope_parameters": {
+                    **{"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4},
+                    **{"low_freq_factor": 2.0, "high_freq_factor": 4.0},
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            "low_freq_factor of the rotations is 2.0; megatron-core has Llama 3.1's alone",
         ),
         ({"quantization_config": {}}, "dequantise"),
         ({"num_attention_heads": 0}, "num_attention_heads"),

@@ -113,8 +113,19 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "rope_parameters": _YARN}),
     "deepseek_v3_plain_rope": ("deepseek_v3", _DEEPSEEK),
+    # As Moonlight is: queries are not compressed, and the latent norm keeps an epsilon of its own.
+    "moonlight": (
+        "deepseek_v3",
+        {
+            **{**_DEEPSEEK, "q_lora_rank": None, "rms_norm_eps": 1e-2},
+            **{"n_group": 1, "topk_group": 1, "n_shared_experts": 2},
+        },
+    ),
 }
-SPARSE = {"mixtral", "qwen3_moe", "qwen3_moe_unnormed", "deepseek_v3", "deepseek_v3_plain_rope"}
+SPARSE = {
+    *("mixtral", "qwen3_moe", "qwen3_moe_unnormed"),
+    *("deepseek_v3", "deepseek_v3_plain_rope", "moonlight"),
+}
 
 
 def toy_tokens() -> Tensor:

@@ -24,6 +24,19 @@ VARIANTS = {
         "qk_layernorm": True,
         "qk_layernorm_over": "projection",
     },
+    "yarn": {
+        "yarn_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 32,
+        "yarn_mscale": 1.5,
+    },
+    "moonlight": {
+        "num_query_groups": 4,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 12,
+        "qk_pos_emb_head_dim": 8,
+        "v_head_dim": 10,
+        "latent_layernorm_epsilon": 1e-2,
+    },
     "telechat2": {"linear_biases": "into_residual", "rope_scaling_factor": 8.0},
     "deepseek_v3": {
         "num_query_groups": 4,
@@ -50,7 +63,7 @@ VARIANTS = {
 MODELS = {name: {"model": tiny_model(**settings)} for name, settings in VARIANTS.items()}
 ONE_RANK_EACH = {"tp2 sp": layout(tp=2, sequence_parallel=True, etp=1), "cp2": layout(cp=2)}
 # Without experts and latent attention tensor parallelism needs no sequence parallelism.
-DENSE = {name: MODELS[name] for name in ("gpt_neox", "olmo2", "telechat2")}
+DENSE = {name: MODELS[name] for name in ("gpt_neox", "olmo2", "telechat2", "yarn")}
 
 
 def save_one_rank(rank: int, path: Path) -> None:
