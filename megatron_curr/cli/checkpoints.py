@@ -246,4 +246,6 @@ def _tell(done: Conversion, *, as_json: bool) -> None:
         f"{done.folder}: {done.architecture}, {done.num_parameters:,} parameters, "
         f"{done.size_bytes / 1e9:.2f} GB, from {done.source}"
     )
+    for note in done.notes:
+        typer.echo(note)
     typer.echo(done.verdict)

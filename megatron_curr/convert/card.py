@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -62,6 +63,16 @@ def write_card(
         plots=_write_plots(run, folder),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def tell_history(card: Path, history: str) -> None:
+    """Say, above what a published card tells, what the weights became since; without one, alone."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
+    start = head.end() if head else 0
+    told = f"\n> The weights are {history}, made by megatron_curr."
+    told += " What follows tells the first of them.\n" if text[start:].strip() else "\n"
+    card.write_text(text[:start] + told + text[start:], encoding="utf-8")
 
 
 def _write_plots(run: RunRecords, folder: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 
 import torch
 
-from megatron_curr.convert.card import write_card
+from megatron_curr.convert.card import tell_history, write_card
+from megatron_curr.convert.carried import carry_files, left_behind
 from megatron_curr.convert.family import Family
 from megatron_curr.convert.hf_config import write_config
 from megatron_curr.convert.safetensors_out import Written, write_safetensors
-from megatron_curr.convert.source import RunSource, Source
+from megatron_curr.convert.source import Source
 from megatron_curr.convert.target import check_empty, written_beside
 from megatron_curr.convert.tokenizer import write_tokenizer
 from megatron_curr.data.shards import ShardSet, open_shards
@@ -26,12 +26,6 @@ from megatron_curr.recipe.schema import Recipe
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_FILE_BYTES = 4 * 10**9
 CHECKED_TOKENS = 20_000  # of held-out text, per source, on which the tokenizers are compared
-# Files of a published model that are neither its weights nor its config.
-CARRIED_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE"),
-    *("generation_config.json", "README.md"),
-)
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,8 @@ class Export:
     dtype: str
     num_parameters: int
     size_bytes: int
+    notes: tuple[str, ...]
+    """What of the source is not in it, or not as it was."""
 
 
 def export(
@@ -79,10 +75,8 @@ def export(
             max_file_bytes=max_file_bytes,
             on_bytes=on_bytes,
         )
-        if source.run:
-            _write_run_files(source, source.run, folder, family=family, sizes=sizes)
-        else:
-            _write_carried_files(source, folder, family=family, sizes=sizes)
+        write = _write_run_files if source.run else _write_carried_files
+        notes = write(source, folder, family=family, sizes=sizes)
         if chat_template is not None:
             _write_chat_template(chat_template, folder)
         check(folder)
@@ -93,6 +87,7 @@ def export(
         dtype=sizes.dtype,
         num_parameters=sizes.num_parameters,
         size_bytes=sizes.size_bytes,
+        notes=notes,
     )
 
 
@@ -115,16 +110,11 @@ def heldout_sets(recipe: Recipe) -> dict[str, ShardSet]:
     return found
 
 
-def carry_files(folder: Path, target: Path) -> None:
-    """Copy what goes along with a published model as it is."""
-    for name in CARRIED_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-
-
 def _write_run_files(
-    source: Source, run: RunSource, folder: Path, *, family: Family, sizes: Written
-) -> None:
+    source: Source, folder: Path, *, family: Family, sizes: Written
+) -> tuple[str, ...]:
+    run = source.run
+    assert run
     recipe = run.recipe
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     # Documents begin after the end token of the one before: it is also the one to begin with.
@@ -153,13 +143,17 @@ def _write_run_files(
         num_parameters=sizes.num_parameters,
         made_by=source.made_by,
     )
+    return ()
 
 
-def _write_carried_files(source: Source, folder: Path, *, family: Family, sizes: Written) -> None:
+def _write_carried_files(
+    source: Source, folder: Path, *, family: Family, sizes: Written
+) -> tuple[str, ...]:
     """Of a model that was published before: its own files, and the config of what it is now."""
     token_ids: dict[str, int | None] = {}
+    notes: tuple[str, ...] = ()
     if source.carried:
-        carry_files(source.carried, folder)
+        notes = left_behind(source.carried, carry_files(source.carried, folder))
         published = source.carried / "config.json"
         if published.is_file():
             old = json.loads(published.read_text(encoding="utf-8"))
@@ -173,6 +167,9 @@ def _write_carried_files(source: Source, folder: Path, *, family: Family, sizes:
         dtype=sizes.dtype,
     )
     write_json(folder / "config.json", config)
+    if source.history:
+        tell_history(folder / "README.md", source.history)
+    return notes
 
 
 def _write_chat_template(template: Path, folder: Path) -> None:

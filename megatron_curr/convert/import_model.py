@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_curr.convert.export import carry_files, read_dtype
+from megatron_curr.convert.carried import carry_files, left_behind
+from megatron_curr.convert.export import read_dtype
 from megatron_curr.convert.source import CARRIED, MODEL_FILE, Source
 from megatron_curr.convert.target import check_empty, written_beside
 from megatron_curr.convert.torch_dist_out import CHUNK_FILE_BYTES, write_torch_dist
@@ -29,6 +30,8 @@ class Import:
     architecture: str
     num_parameters: int
     size_bytes: int
+    notes: tuple[str, ...]
+    """What of the source is not in it."""
 
 
 def import_model(
@@ -63,10 +66,13 @@ def import_model(
         )
         model = source.model.model_copy(update={"vocab_size": source.vocab_size, "preset": None})
         told = {"architecture": family.architecture, "model": model_section(model)}
+        if source.history:
+            told["history"] = source.history
         (folder / MODEL_FILE).write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+        notes: tuple[str, ...] = ()
         if source.carried:
             (folder / CARRIED).mkdir(exist_ok=True)
-            carry_files(source.carried, folder / CARRIED)
+            notes = left_behind(source.carried, carry_files(source.carried, folder / CARRIED))
             config = source.carried / "config.json"
             if config.is_file():
                 shutil.copyfile(config, folder / CARRIED / config.name)
@@ -77,6 +83,7 @@ def import_model(
         architecture=family.architecture,
         num_parameters=sum(piece.num_values for piece in pieces),
         size_bytes=size,
+        notes=notes,
     )
 
 

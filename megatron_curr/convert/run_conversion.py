@@ -26,6 +26,7 @@ class Conversion:
     num_parameters: int
     size_bytes: int
     passed_over: tuple[str, ...]  # torn checkpoints newer than the one converted
+    notes: tuple[str, ...]  # what of the source is not in it, or not as it was
     agreement: Agreement | None
     verdict: str
 
@@ -110,6 +111,7 @@ def convert_source(
         num_parameters=done.num_parameters,
         size_bytes=done.size_bytes,
         passed_over=source.run.passed_over if source.run else (),
+        notes=done.notes,
         agreement=comparison.agreement,
         verdict=comparison.verdict,
     )

@@ -68,6 +68,13 @@ class Source:
     """The arithmetic on several sources that this one is; the first gives all but the weights."""
     others: tuple[Path, ...] = ()
     """The folders of the rest of them."""
+    earlier: str | None = None
+    """The arithmetic that made what ``path`` holds, where a merge was written as a checkpoint."""
+
+    @property
+    def history(self) -> str | None:
+        """What was done to the weights since they were trained; None for nothing."""
+        return ", the first of them ".join(filter(None, (self.made_by, self.earlier))) or None
 
     def plan(self, **settings: str | int | None) -> dict[str, Any]:
         """What must stay the same for files of a conversion that was cut short to be kept."""
@@ -211,6 +218,7 @@ def _open_converted(folder: Path) -> Source:
         vocab_size,
         architecture,
         carried=carried if carried.is_dir() else None,
+        earlier=told.get("history"),
     )
 
 

@@ -135,6 +135,7 @@ def convert_video_source(
         num_parameters=sum(piece.num_values for piece in pieces),
         size_bytes=size,
         passed_over=source.run.passed_over if source.run else (),
+        notes=(),
         agreement=None,
         verdict="read back: every value is the source's",
     )
