@@ -35,6 +35,7 @@ setup(
         "megatron_curr.recipe": ["*.yaml"],
         "megatron_curr.report": ["*.j2", "*.js", "*.css"],
         "megatron_curr.convert": ["*.j2"],
+        "megatron_curr.sample": ["*.yaml"],
     },
     include_package_data=False,
     install_requires=[

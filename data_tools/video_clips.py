@@ -220,18 +220,18 @@ def buckets_of_recipe(path: Path, source: str | None) -> list[Bucket]:
 
 
 def check_buckets(buckets: Sequence[Bucket], codec: Codec) -> None:
-    """Raise ``DataError`` for a bucket the codec and the model's patches do not divide."""
+    """Raise ``DataError`` for a bucket whose latents the model's patches do not divide."""
     _, *sides = codec.record.compression
     for bucket in buckets:
         for what, size, side in zip(
             ("height", "width"), (bucket.height, bucket.width), sides, strict=True
         ):
             step = side * MIN_PATCHES
-            if size % step or size <= 0:
+            if size < step or size // side % MIN_PATCHES:
                 low = max(size // step * step, step)
                 raise DataError(
-                    f"bucket {bucket.name!r}: {what} {size} is no multiple of {step} (codec "
-                    f"{codec.record.name!r} {side}, patch {MIN_PATCHES}); take {low} or "
-                    f"{low + step}"
+                    f"bucket {bucket.name!r}: {what} {size} makes {size // side} latents of "
+                    f"{side} pixels (codec {codec.record.name!r}), no multiple of the patch, "
+                    f"{MIN_PATCHES}; take {low} to {low + side - 1}, or {low + step}"
                 )
         codec.check_frames(bucket.num_frames)

@@ -148,7 +148,8 @@ def train(demo: VideoDemo, recipe_path: Path) -> None:
 
 def sample_clips(demo: VideoDemo) -> Path:
     """Clips of captions it was trained on, and how many show what they say; the contact sheet."""
-    from megatron_curr.sample.run import Wish, sample
+    from megatron_curr.sample.run import sample
+    from megatron_curr.sample.wish import Wish
 
     captions = [scene(number).caption for number in range(0, NUM_KINDS, EVERY_SCENE)]
     wish = Wish(tuple(captions), num_steps=STEPS, guidance=GUIDANCE, batch=len(captions))

@@ -23,9 +23,12 @@ from megatron_curr.cli.work import (
 
 if TYPE_CHECKING:
     from data_tools.video_frames import Bucket
-    from megatron_curr.sample.run import Sampled, Wish
+    from megatron_curr.sample.encoders import Speech
+    from megatron_curr.sample.run import Sampled
+    from megatron_curr.sample.wish import Wish
 
-_SHAPE = re.compile(r"(?P<name>\w+)=(?P<height>\d+)x(?P<width>\d+)(?:x(?P<frames>\d+))?")
+_SIZE = re.compile(r"(?P<height>\d+)x(?P<width>\d+)(?:x(?P<frames>\d+))?")
+_SHAPE = re.compile(rf"(?P<name>\w+)={_SIZE.pattern}")
 
 Media = Annotated[
     list[Path],
@@ -175,18 +178,35 @@ def _buckets(recipe: Path | None, source: str | None, shapes: list[str]) -> list
 
 Prompts = Annotated[list[str], typer.Option(help="What to show; may be repeated.")]
 ClipsOut = Annotated[
-    Path | None, typer.Option(help="Folder for clips and contact sheet. Default: RUN/samples.")
+    Path | None, typer.Option(help="Folder for clips and contact sheet. Default: MODEL/samples.")
 ]
-Negative = Annotated[str, typer.Option(help="What to lead away from.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="How a published model was made to be sampled: mugv (negative prompt, suffix, frame "
+        "rate, steps, guidance, size). Options given beside it go before."
+    ),
+]
+Negative = Annotated[
+    str | None, typer.Option(help="What to lead away from. Default: nothing.", show_default=False)
+]
+Suffix = Annotated[str | None, typer.Option("--prompt-suffix", help="Goes behind every prompt.")]
 Picture = Annotated[
     Path | None, typer.Option(help="A picture to go on from, as the first latent frame.")
 ]
 BucketName = Annotated[
     str | None, typer.Option(help="Shape, by its name in the recipe. Default: the largest.")
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Euler steps.")]
+ClipSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH[xFRAMES]", help="Shape in pixels, where no recipe names buckets."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Euler steps. Default: 25.")]
 Guidance = Annotated[
-    float, typer.Option(help="How far from the negative prompt; 1 is the prompt alone.")
+    float | None,
+    typer.Option(help="How far from the negative prompt; 1 is the prompt alone. Default: 4."),
 ]
 Shift = Annotated[
     float | None, typer.Option(help="Of the schedule towards noise. Default: as trained.")
@@ -202,6 +222,14 @@ ShardsIn = Annotated[
     Path | None,
     typer.Option(help="Shards that name codec and text encoder. Default: the run's."),
 ]
+CodecName = Annotated[
+    str | None,
+    typer.Option(help="haar, diffusers:FOLDER or mugv:FILE. Default: as the shards say."),
+]
+TextEncoderName = Annotated[
+    str | None,
+    typer.Option(help="hashed:WIDTH or transformers:FOLDER. Default: as the shards say."),
+]
 
 
 @app.command(
@@ -209,31 +237,45 @@ ShardsIn = Annotated[
 )
 def sample(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="A run of video, or one of its checkpoints.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run of video, one of its checkpoints, or whatever convert reads or writes: "
+            "dit.pt, safetensors with a config, a converted or MUG-V's own checkpoint.",
+        ),
     ],
     prompt: Prompts,
     output: ClipsOut = None,
-    negative_prompt: Negative = "",
+    preset: Preset = None,
+    negative_prompt: Negative = None,
+    prompt_suffix: Suffix = None,
     image: Picture = None,
     bucket: BucketName = None,
-    steps: Steps = 25,
-    guidance: Guidance = 4.0,
+    size: ClipSize = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     shift: Shift = None,
     fps: ClipFps = None,
     seed: Seed = 0,
     batch: Batch = 8,
     weights: WeightsKind = "auto",
     shards: ShardsIn = None,
+    codec: CodecName = None,
+    text_encoder: TextEncoderName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sample clips from a checkpoint of any layout: mp4 files and a contact sheet."""
-    from megatron_curr.sample.run import Wish
+    """Sample clips from a checkpoint of any layout or a published model: mp4, contact sheet."""
+    from megatron_curr.sample.encoders import Speech
+    from megatron_curr.sample.wish import make_wish
 
-    wish = Wish(
+    wish = make_wish(
+        preset,
         prompts=tuple(prompt),
         negative_prompt=negative_prompt,
+        prompt_suffix=prompt_suffix,
         image=image,
         bucket=bucket,
+        size=_clip_size(size),
         num_steps=steps,
         guidance=guidance,
         shift=shift,
@@ -241,9 +283,11 @@ def sample(
         seed=seed,
         batch=batch,
     )
-    is_checkpoint = checkpoint.parent.name == "checkpoints"
-    run = checkpoint.parent.parent if is_checkpoint else checkpoint
-    done = _sample(checkpoint, output or run / "samples", wish, weights, shards, quiet=as_json)
+    beside = checkpoint.parent if checkpoint.is_file() else checkpoint
+    if checkpoint.parent.name == "checkpoints":
+        beside = checkpoint.parent.parent
+    speech = Speech(shards, codec, text_encoder)
+    done = _sample(checkpoint, output or beside / "samples", wish, weights, speech, quiet=as_json)
     if as_json:
         told = {"folder": done.folder, "clips": done.clips, "contact_sheet": done.sheet}
         told |= {"checkpoint": done.checkpoint, "weights": done.weights}
@@ -253,12 +297,23 @@ def sample(
     typer.echo(f"{done.weights} weights; contact sheet {done.sheet}")
 
 
+def _clip_size(size: str | None) -> tuple[int, int, int] | None:
+    if size is None:
+        return None
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise typer.BadParameter(
+            f"--size {size}: write HEIGHTxWIDTH[xFRAMES], such as 720x1280x105"
+        )
+    return int(match["height"]), int(match["width"]), int(match["frames"] or 1)
+
+
 def _sample(
     checkpoint: Path,
     output: Path,
     wish: Wish,
     weights: Literal["auto", "ema", "raw"],
-    shards: Path | None,
+    speech: Speech,
     *,
     quiet: bool,
 ) -> Sampled:
@@ -275,6 +330,6 @@ def _sample(
             output,
             wish,
             weights=weights,
-            shards=shards,
+            speech=speech,
             tell=lambda step, total: bar.update(task, completed=step, total=total),
         )

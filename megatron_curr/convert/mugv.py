@@ -6,9 +6,11 @@ From the state dict of the release: 1,197 tensors for 56 layers. The text that s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_curr.convert.family import Piece, Rows
+from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.video_model import VideoDiT
 
 _RENAMED = {
@@ -38,6 +40,34 @@ def mugv_pieces(model: VideoDiT) -> Iterator[Piece]:
     yield _same(table, f"{table}.bias", 2, hidden)
     out = "final_layer.linear"
     yield from _linear(out, out, volume * model.out_channels, hidden)
+
+
+def model_of_shapes(shapes: Mapping[str, Sequence[int]]) -> VideoDiT:
+    """The model whose released weights have these shapes. Raises ``CheckpointError``.
+
+    What no shape tells (text tokens, the base of rotations, epsilon, rounded timesteps) is the
+    release's.
+    """
+    try:
+        hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
+        channels = shapes["blocks.0.attn.q_norm.weight"][0]
+        layers = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+        volume = patch[0] * patch[1] * patch[2]
+        return VideoDiT(
+            num_layers=len(layers),
+            hidden_size=hidden,
+            ffn_hidden_size=shapes["blocks.0.mlp.fc1.weight"][0],
+            num_attention_heads=shapes["blocks.0.attn.proj.weight"][1] // channels,
+            kv_channels=channels,
+            in_channels=in_channels,
+            out_channels=shapes["final_layer.linear.weight"][0] // volume,
+            patch=patch,
+            text_hidden_size=shapes["y_embedder.y_proj.fc1.weight"][1],
+            timestep_frequencies=shapes["t_embedder.mlp.0.weight"][1],
+            round_timesteps=True,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"no state dict of MUG-V's transformer: {error}") from error
 
 
 def _layer(model: VideoDiT, theirs: str, ours: str) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""Conversion of the video transformer: checkpoints here, and MUG-V's release layout.
+"""Conversion of the video transformer: checkpoints here, MUG-V's release layout and its training's.
 
 Published, a model is a folder with ``dit.pt``, the release's one file, or with safetensors and a
 ``config.json``; the names are the same. The release has no config: its shapes say all that the
@@ -8,7 +8,6 @@ weights do.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,12 @@ from torch import Tensor
 from megatron_curr.convert.dit_file import write_dit_file
 from megatron_curr.convert.export import MAX_FILE_BYTES, read_dtype, write_json
 from megatron_curr.convert.family import Piece
-from megatron_curr.convert.mugv import mugv_pieces
+from megatron_curr.convert.mugv import model_of_shapes, mugv_pieces
+from megatron_curr.convert.mugv_checkpoint import (
+    find_training_checkpoint,
+    holds_video,
+    open_training_checkpoint,
+)
 from megatron_curr.convert.published import PublishedWeights, open_published, read_torch
 from megatron_curr.convert.run_conversion import Conversion, progress_bar
 from megatron_curr.convert.safetensors_out import write_safetensors
@@ -60,6 +64,8 @@ def is_video(path: Path) -> bool:
     for name in ("config.json", MODEL_FILE):
         if (path / name).is_file():
             return ARCHITECTURE in (path / name).read_text(encoding="utf-8", errors="replace")
+    if (checkpoint := find_training_checkpoint(path)) is not None:
+        return holds_video(checkpoint)
     folder = path.resolve().parent.parent if (path / METADATA).is_file() else path
     recipe = folder / "recipe.yaml"
     return recipe.is_file() and isinstance(load_recipe(recipe), VideoRecipe)
@@ -75,6 +81,10 @@ def open_video_source(path: Path, *, which: Which = "raw", trust_pickle: bool = 
     elif (path / MODEL_FILE).is_file():
         model = _read_model(path / MODEL_FILE, lambda told: told["model"])
         source = Source(path, open_stored(path), model, 0, ARCHITECTURE)
+    elif (trained := find_training_checkpoint(path)) is not None:
+        stored, model = open_training_checkpoint(trained, which)
+        made_by = AVERAGED if which == "ema" else None
+        return Source(trained, stored, model, 0, ARCHITECTURE, made_by=made_by)
     else:
         run, checkpoint = find_run(path)
         weights = open_weights(checkpoint, which)
@@ -175,32 +185,6 @@ def model_section(model: VideoDiT) -> dict[str, Any]:
     return model.model_dump(exclude=_NOT_ITS_OWN)
 
 
-def model_of_shapes(shapes: Mapping[str, Sequence[int]]) -> VideoDiT:
-    """The model whose released weights have these shapes. Raises ``CheckpointError``.
-
-    What no shape tells (text tokens, the base of rotations, epsilon) is the release's.
-    """
-    try:
-        hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
-        channels = shapes["blocks.0.attn.q_norm.weight"][0]
-        layers = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
-        volume = patch[0] * patch[1] * patch[2]
-        return VideoDiT(
-            num_layers=len(layers),
-            hidden_size=hidden,
-            ffn_hidden_size=shapes["blocks.0.mlp.fc1.weight"][0],
-            num_attention_heads=shapes["blocks.0.attn.proj.weight"][1] // channels,
-            kv_channels=channels,
-            in_channels=in_channels,
-            out_channels=shapes["final_layer.linear.weight"][0] // volume,
-            patch=patch,
-            text_hidden_size=shapes["y_embedder.y_proj.fc1.weight"][1],
-            timestep_frequencies=shapes["t_embedder.mlp.0.weight"][1],
-        )
-    except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"no state dict of MUG-V's transformer: {error}") from error
-
-
 def _open_published(path: Path, *, trust_pickle: bool) -> Source:
     config = path / "config.json"
     file = path if path.is_file() else path / DIT_FILE
@@ -214,7 +198,7 @@ def _open_published(path: Path, *, trust_pickle: bool) -> Source:
     except CheckpointError as reason:
         raise CheckpointError(f"{path}: {reason}") from reason
     if config.is_file():
-        model = _read_model(config, lambda told: {name: told[name] for name in _config_fields()})
+        model = _read_model(config, _of_config)
     pieces = tuple(mugv_pieces(model))
     _check_published(path, tensors, pieces)
     return Source(path, PublishedWeights(tensors, pieces), model, 0, ARCHITECTURE)
@@ -264,5 +248,6 @@ def _config(model: VideoDiT) -> dict[str, Any]:
     return {"architectures": [ARCHITECTURE], "model_type": "mugv_dit", **model_section(model)}
 
 
-def _config_fields() -> list[str]:
-    return [name for name in VideoDiT.model_fields if name not in _NOT_ITS_OWN]
+def _of_config(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = VideoDiT.model_fields.keys() & told.keys() - _NOT_ITS_OWN
+    return {name: told[name] for name in names}

@@ -15,6 +15,7 @@ from megatron_curr.parallel.groups import Groups
 from megatron_curr.recipe.video_schema import VideoRecipe
 
 log = logging.getLogger(__name__)
+_OF_NO_WEIGHT = {"max_text_tokens", "round_timesteps"}  # the recipe's word goes
 
 
 def video_first_weights(
@@ -31,7 +32,7 @@ def video_first_weights(
     source = open_video_source(Path(name), which="ema" if kind == "ema" else "raw")
     wanted = model_section(recipe.model)
     for name, value in model_section(source.model).items():
-        if wanted[name] != value and name != "max_text_tokens":  # of which no weight depends
+        if wanted[name] != value and name not in _OF_NO_WEIGHT:
             raise RecipeError(
                 f"model.{name}: found {wanted[name]}; {source.path} was made with {value}: set that"
             )

@@ -25,7 +25,11 @@ Frames = NDArray[np.uint8]
 
 
 class Codec(Protocol):
-    """What makes latents. ``T`` is always the number of frames over the compression, rounded up."""
+    """What makes latents.
+
+    ``T`` is always the number of frames over the compression, rounded up; ``Y`` and ``X`` are rows
+    and columns over it, rounded down: what is left over at the border makes no latent.
+    """
 
     @property
     def record(self) -> CodecRecord:
@@ -39,7 +43,7 @@ class Codec(Protocol):
         """Raise ``DataError``, naming numbers that fit, where clips of that length do not."""
 
     def encode(self, frames_FHWC: Frames) -> Floats:
-        """Normalised latents [C, T, Y, X] of frames whose sides the compression divides."""
+        """Normalised latents [C, T, Y, X]."""
 
     def decode(self, latents_CTYX: Floats) -> Frames:
         """Frames [F, H, W, 3]; an image latent comes back as every frame it stands for."""
@@ -82,7 +86,7 @@ class HaarCodec:
         check_chunks(num_frames, _SIDE, "haar")
 
     def encode(self, frames_FHWC: Frames) -> Floats:
-        frames_FHWC = whole_chunks(frames_FHWC, _SIDE)
+        frames_FHWC = whole_latents(whole_chunks(frames_FHWC, _SIDE), _SIDE)
         num_frames, height, width, _ = frames_FHWC.shape
         t, y, x = num_frames // _CELL, height // _CELL, width // _CELL
         cells = frames_FHWC.reshape(t, _CELL, y, _CELL, x, _CELL, 3)
@@ -120,6 +124,12 @@ def whole_chunks(frames_FHWC: Frames, chunk: int) -> Frames:
     if len(frames_FHWC) % chunk == 1:
         return np.concatenate([frames_FHWC[:1].repeat(chunk - 1, 0), frames_FHWC])
     return frames_FHWC
+
+
+def whole_latents(frames_FHWC: Frames, side: int) -> Frames:
+    """The frames without the last rows and columns where those make no whole latent."""
+    height, width = (size // side * side for size in frames_FHWC.shape[1:3])
+    return frames_FHWC[:, :height, :width]
 
 
 def check_chunks(num_frames: int, chunk: int, codec: str) -> None:

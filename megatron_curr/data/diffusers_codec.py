@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_curr.data.codecs import Frames
+from megatron_curr.data.codecs import Frames, whole_latents
 from megatron_curr.data.tensor_file import Floats
 from megatron_curr.data.video_manifest import CodecRecord
 from megatron_curr.errors import DataError
@@ -71,6 +71,7 @@ class DiffusersCodec:
 
     @torch.inference_mode()
     def encode(self, frames_FHWC: Frames) -> Floats:
+        frames_FHWC = whole_latents(frames_FHWC, self.record.compression[1])
         pixels = torch.from_numpy(np.ascontiguousarray(frames_FHWC)).float() / 127.5 - 1
         raw = self._posterior(pixels.permute(3, 0, 1, 2)[None])
         latents: Floats = ((raw - self._mean) / self._std)[0].float().numpy()

@@ -30,7 +30,7 @@ MAX_TIMESTEP = 1000.0  # as the model counts them
 REFERENCE_PIXELS = 512**2  # an image of so many is not shifted
 # Digits kept of t: logarithm and cosine differ in the last bit between C libraries.
 TIMESTEP_DIGITS = 12
-_GIVEN_FRAC = 1 / 4  # of a clip's frames, the most that head, tail and random give
+_GIVEN_FRAC = 1 / 4  # of a clip's frames, the most that a task gives; head_tail at either end
 
 
 def shift_factor(
@@ -68,17 +68,36 @@ def draw_frame_masks(
     if latent_frames == 1:
         return mask
     choice, length = uniforms(seed, "task", sample_ids, 2).T
-    task = np.searchsorted(np.cumsum(task_weights)[:-1], choice, side="right")
+    last = int(np.flatnonzero(task_weights)[-1])  # whatever the weights before it round to
+    task = np.searchsorted(np.cumsum(task_weights)[:last], choice, side="right")
     most = max(int(latent_frames * _GIVEN_FRAC), 1)
     given = 1 + np.floor(length * most).astype(np.int64)
     given[task == TASKS.index("i2v")] = 1
-    rank = np.tile(np.arange(latent_frames), (len(sample_ids), 1))
-    rank[task == TASKS.index("tail")] = np.arange(latent_frames)[::-1]
+    rank = _frame_ranks(task, given, seed, sample_ids, latent_frames=latent_frames)
+    mask[task != TASKS.index("t2v")] = (rank >= given[:, None])[task != TASKS.index("t2v")]
+    return mask
+
+
+def _frame_ranks(
+    task: Ints, given: Ints, seed: int, sample_ids: Ints, *, latent_frames: int
+) -> Ints:
+    """[B, T]: the frames in the order in which a sample's task gives them, ``given`` [B] of them.
+
+    The kinds are those of MUG-V and Open-Sora; scattered frames are ours.
+    """
+    frames = np.arange(latent_frames)
+    rank = np.tile(frames, (len(sample_ids), 1))
+    rank[task == TASKS.index("tail")] = frames[::-1]
     scattered = uniforms(seed, "frames", sample_ids, latent_frames).argsort(axis=1).argsort(axis=1)
     is_random = task == TASKS.index("random")
     rank[is_random] = scattered[is_random]
-    mask[task != TASKS.index("t2v")] = (rank >= given[:, None])[task != TASKS.index("t2v")]
-    return mask
+    where = uniforms(seed, "span", sample_ids, 1)
+    first = np.floor(where * (latent_frames - given[:, None] + 1)).astype(np.int64)
+    is_span = task == TASKS.index("span")
+    rank[is_span] = ((frames - first) % latent_frames)[is_span]
+    if latent_frames > 2:  # of two frames one must get noise
+        rank[task == TASKS.index("head_tail")] = np.minimum(frames, frames[::-1])
+    return rank
 
 
 def draw_dropped(objective: Objective, seed: int, sample_ids: Ints) -> Bools:

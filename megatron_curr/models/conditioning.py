@@ -11,6 +11,7 @@ Legend: B micro-batch, L text tokens, E width of the text encoder, D hidden size
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,11 +52,15 @@ def empty_linear(inputs: int, outputs: int, config: TransformerConfig) -> nn.Lin
 
 
 class ScalarEmbedder(nn.Module):
-    """A number of a sample as a vector: its sinusoids through two matrices."""
+    """A number of a sample as a vector: its sinusoids through two matrices.
 
-    def __init__(self, config: TransformerConfig, num_frequencies: int) -> None:
+    ``rounded``: the number is first rounded to the weights' dtype, as a model expects that was
+    trained so. In bf16 that moves timesteps by up to 2 of 1000.
+    """
+
+    def __init__(self, config: TransformerConfig, num_frequencies: int, *, rounded: bool) -> None:
         super().__init__()
-        self.num_frequencies = num_frequencies
+        self.num_frequencies, self.rounded = num_frequencies, rounded
         self.mlp = nn.Sequential(
             empty_linear(num_frequencies, config.hidden_size, config),
             nn.SiLU(),
@@ -64,7 +69,9 @@ class ScalarEmbedder(nn.Module):
 
     def forward(self, values_B: Tensor) -> Tensor:
         """[B, D] of the values."""
-        return self.mlp(sinusoids(values_B, self.num_frequencies).to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].weight.dtype
+        values_B = values_B.to(dtype) if self.rounded else values_B
+        return self.mlp(sinusoids(values_B, self.num_frequencies).to(dtype))
 
 
 class TextEmbedder(nn.Module):
@@ -97,9 +104,12 @@ class TextEmbedder(nn.Module):
 def conditioning_modules(model: VideoDiT, config: TransformerConfig) -> dict[str, nn.Module]:
     """The modules that every pipeline stage holds, by their names in the model."""
     width = config.hidden_size
+    scalar_embedder = partial(
+        ScalarEmbedder, config, model.timestep_frequencies, rounded=model.round_timesteps
+    )
     return {
-        "timestep_embedder": ScalarEmbedder(config, model.timestep_frequencies),
-        "fps_embedder": ScalarEmbedder(config, model.timestep_frequencies),
+        "timestep_embedder": scalar_embedder(),
+        "fps_embedder": scalar_embedder(),
         "timestep_block": nn.Sequential(nn.SiLU(), empty_linear(width, 6 * width, config)),
         "context_embedder": TextEmbedder(config, model.text_hidden_size),
     }

@@ -42,6 +42,11 @@ class VideoDiT(Section):
     timestep_frequencies: int = Field(
         256, gt=0, multiple_of=2, description="Width of the sinusoids of timestep and frame rate"
     )
+    round_timesteps: bool = Field(
+        False,
+        description="Round timesteps and frame rates to the weights' dtype before their sinusoids, "
+        "as MUG-V's release does; without effect in fp32",
+    )
     rotary_base: float = Field(10_000.0, gt=0)
     layernorm_epsilon: float = Field(1e-6, gt=0)
     init_method_std: float = Field(0.02, gt=0)

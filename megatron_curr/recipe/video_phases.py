@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field
 from megatron_curr.recipe.phases import Curve, Mixture, RunPhase, with_weight_decay
 from megatron_curr.recipe.section import Section
 
-Task = Literal["t2v", "i2v", "head", "tail", "random"]
-TASKS: tuple[Task, ...] = ("t2v", "i2v", "head", "tail", "random")
+Task = Literal["t2v", "i2v", "head", "tail", "random", "span", "head_tail"]
+TASKS: tuple[Task, ...] = ("t2v", "i2v", "head", "tail", "random", "span", "head_tail")
 DEFAULT_TASKS = {"t2v": 1.0}
 DEFAULT_TIMESTEP_SHIFT = 1.0
 
@@ -24,7 +24,8 @@ class VideoPhase(RunPhase):
     tasks: Mixture | None = Field(
         None,
         description="Weights of what a clip is given beside its caption: nothing (t2v), its first "
-        "latent frame (i2v), or up to a quarter of its frames (head, tail, random)",
+        "latent frame (i2v), or up to a quarter of its frames: from an end (head, tail), scattered "
+        "(random), in a row anywhere (span), or as many at both ends (head_tail)",
     )
     timestep_shift: Curve | None = Field(
         None, description="Multiplies the shift that objective.shift names"

@@ -18,7 +18,7 @@ _ONLY_TEXT = {
 
 def video_problems(recipe: VideoRecipe) -> list[Problem]:
     """Every rule of its own that a video recipe breaks, whatever its layout."""
-    return [*_source_buckets(recipe), *_channels(recipe)]
+    return [*_source_buckets(recipe), *_bucket_sizes(recipe), *_channels(recipe)]
 
 
 def video_layout_problems(recipe: VideoRecipe) -> Iterator[Problem]:
@@ -60,6 +60,17 @@ def _source_buckets(recipe: VideoRecipe) -> Iterator[Problem]:
                 )
             elif bucket in source.buckets[:index]:
                 yield Problem(path, f"{bucket!r} is listed twice; take one out")
+
+
+def _bucket_sizes(recipe: VideoRecipe) -> Iterator[Problem]:
+    _, *sides = recipe.data.compression
+    for name, bucket in recipe.data.buckets.items():
+        for what, side in zip(("height", "width"), sides, strict=True):
+            if (found := getattr(bucket, what)) < side:
+                yield Problem(
+                    ("data", "buckets", name, what),
+                    f"found {found}; a latent stands for {side} pixels, so use {side} or more",
+                )
 
 
 def _channels(recipe: VideoRecipe) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -12,6 +13,17 @@ from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_phases import VideoCurriculum
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+def latent_shape(pixels: Sequence[int], compression: Sequence[int]) -> tuple[int, int, int]:
+    """Latent frames, rows, columns of frames, rows, columns of pixels.
+
+    A part of a latent counts whole in time, since the first frame is repeated to fill it, and not
+    at all in space, where convolutions of stride two leave the border out.
+    """
+    frames, height, width = pixels
+    per_frame, per_row, per_column = compression
+    return -(-frames // per_frame), height // per_row, width // per_column
 
 
 class Bucket(Section):
@@ -46,13 +58,10 @@ class VideoData(Section):
     sources: dict[Name, VideoSource] = Field(min_length=1)
 
     def latent_shape(self, bucket: str) -> tuple[int, int, int]:
-        """Latent frames, rows, columns of a bucket's samples; a part of a latent counts whole."""
+        """Latent frames, rows, columns of a bucket's samples."""
         shape = self.buckets[bucket]
         pixels = (shape.num_frames, shape.height, shape.width)
-        frames, rows, columns = (
-            -(-length // size) for length, size in zip(pixels, self.compression, strict=True)
-        )
-        return frames, rows, columns
+        return latent_shape(pixels, self.compression)
 
 
 class Objective(Section):
@@ -82,8 +91,9 @@ class VideoRecipe(RunRecipe):
 
     init_from: str | None = Field(
         None,
-        pattern=r"^(checkpoint|ema):.+",
-        description="First weights: checkpoint:FOLDER of a run or of a converted model, ema:FOLDER "
+        pattern=r"^(hf|checkpoint|ema):.+",
+        description="First weights: hf:PLACE of a published model (dit.pt, or a folder), "
+        "checkpoint:FOLDER of a run, of a converted model or of MUG-V's training code, ema:FOLDER "
         "for a run's moving average; moments begin at zero. Default: drawn from the seed",
     )
     model: VideoDiT

@@ -7,6 +7,7 @@ the text features.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,40 +18,20 @@ import torch
 from torch import Tensor
 
 from megatron_curr.curriculum.lots import VideoCurves, VideoPlanner
-from megatron_curr.data.codecs import Codec, Frames, load_codec
+from megatron_curr.data.codecs import Frames
 from megatron_curr.data.rectified_flow import MAX_TIMESTEP, draw_noise, shift_factor
-from megatron_curr.data.text_features import TextEncoder, load_text_encoder, pad_text
-from megatron_curr.data.video_manifest import VideoManifest, read_video_manifest
+from megatron_curr.data.tensor_file import Floats
+from megatron_curr.data.text_features import pad_text
 from megatron_curr.errors import DataError
 from megatron_curr.models.patches import whole_video
-from megatron_curr.recipe.video_schema import VideoRecipe
+from megatron_curr.recipe.video_schema import VideoRecipe, latent_shape
+from megatron_curr.sample.encoders import OF_THE_RUN, Encoders, Speech, choose_encoders
 from megatron_curr.sample.flow import Velocity, euler, guided, schedule
 from megatron_curr.sample.model import TrainedModel, Weights, trained_model
 from megatron_curr.sample.pictures import read_picture, write_contact_sheet, write_mp4
+from megatron_curr.sample.wish import Wish
 
 Tell = Callable[[int, int], None]  # steps done, of how many
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What to sample; recorded beside the clips."""
-
-    prompts: tuple[str, ...]
-    negative_prompt: str = ""
-    image: Path | None = None
-    bucket: str | None = None  # None: the largest
-    num_steps: int = 25
-    guidance: float = 4.0
-    shift: float | None = None  # None: as trained
-    fps: float | None = None  # None: the shards' rate
-    seed: int = 0
-    batch: int = 8
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise DataError("no prompt: give --prompt")
-        if self.num_steps < 1 or self.batch < 1:
-            raise DataError(f"steps {self.num_steps}, batch {self.batch}: must be 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +53,19 @@ def sample(
     wish: Wish,
     *,
     weights: Weights = "auto",
-    shards: Path | None = None,
+    speech: Speech = OF_THE_RUN,
     tell: Tell = lambda done, total: None,
 ) -> Sampled:
     """Write a clip for each prompt, ``contact_sheet.png`` and ``sample.json`` to ``output``.
 
-    ``shards``, by default the run's own, say which codec and text encoder the model speaks. The
-    same wish on the same checkpoint gives the same clips, in whatever batches. Raises ``DataError``
-    and ``CheckpointError``.
+    ``path`` is whatever ``trained_model`` opens; ``speech`` says which codec and text encoder it
+    speaks. The same wish on the same checkpoint gives the same clips, in whatever batches. Raises
+    ``DataError`` and ``CheckpointError``.
     """
     began_s = time.monotonic()
     with trained_model(path, weights=weights) as trained:
-        studio = Studio(trained, manifest_of(trained.recipe, shards), wish)
+        encoders = choose_encoders(speech, trained.recipe, trained.settings)
+        studio = Studio(trained, encoders, wish)
         frames = studio.clips(tell)
     output.mkdir(parents=True, exist_ok=True)
     suffix = ".png" if len(frames[0]) == 1 else ".mp4"
@@ -102,8 +84,9 @@ def sample(
         "weights": trained.weights,
         "shift": studio.shift,
         "fps": studio.fps,
-        "bucket": studio.bucket,
-        "codec": studio.codec.record.name,
+        "size": studio.size,
+        "codec": encoders.codec.record.name,
+        "text_encoder": encoders.text.record.name,
     }
     (output / "sample.json").write_text(json.dumps(told, indent=1, default=str) + "\n")
     return Sampled(
@@ -120,22 +103,31 @@ def sample(
 class Studio:
     """A model with the codec and text encoder it was trained with."""
 
-    def __init__(self, trained: TrainedModel, manifest: VideoManifest, wish: Wish) -> None:
+    def __init__(self, trained: TrainedModel, encoders: Encoders, wish: Wish) -> None:
         self._trained, self._wish = trained, wish
-        recipe = trained.recipe
-        self.codec, self.encoder = open_encoders(manifest)
-        self.bucket = _choose_bucket(recipe, wish)
-        shape = recipe.data.buckets[self.bucket]
-        self._latent_shape = recipe.data.latent_shape(self.bucket)
-        self._num_frames = shape.num_frames
-        self.fps = wish.fps or float(manifest.options.get("fps", 24.0))
-        self.shift = wish.shift or shift_factor(
-            recipe.objective,
-            pixels=shape.height * shape.width,
-            latent_frames=self._latent_shape[0],
-            phase_shift=last_timestep_shift(recipe),
+        self._codec, self._text = encoders.codec, encoders.text
+        self.size = _choose_size(trained.recipe, wish)
+        height, width, self._num_frames = self.size
+        self._codec.check_frames(self._num_frames)
+        self._latent_shape = latent_shape(
+            (self._num_frames, height, width), self._codec.record.compression
         )
-        self._given_CTYX, self._noised_T = self._first_frame(shape.height, shape.width)
+        if min(self._latent_shape) < 1:
+            raise DataError(
+                f"size {height}x{width}x{self._num_frames}: makes no latent of "
+                f"{self._codec.record.compression}; take a larger one"
+            )
+        self.fps = wish.fps or encoders.fps
+        self.shift = wish.shift or shift_factor(
+            trained.objective,
+            pixels=height * width,
+            latent_frames=self._latent_shape[0],
+            phase_shift=last_timestep_shift(trained.recipe) if trained.recipe else 1.0,
+        )
+        self._picture: Frames | None = None
+        if wish.image is not None:
+            self._picture = read_picture(wish.image, height=height, width=width)
+        self._given_CTYX, self._noised_T = self._first_frame()
 
     def clips(self, tell: Tell) -> list[Frames]:
         """The frames of every prompt's clip."""
@@ -147,19 +139,34 @@ class Studio:
             latents_BCTYX = torch.empty(0)
             for step, latents_BCTYX in enumerate(self._flow(numbers, times), start=1):  # noqa: B007
                 tell(turn * wish.num_steps + step, len(batches) * wish.num_steps)
-            # What an image latent stands for comes first: a codec gives it back several times.
-            frames += [
-                self.codec.decode(latents)[-self._num_frames :]
-                for latents in latents_BCTYX.float().cpu().numpy()
-            ]
+            frames += [self._decoded(one) for one in latents_BCTYX.float().cpu().numpy()]
         return frames
+
+    def _decoded(self, latents_CTYX: Floats) -> Frames:
+        """Frames of one clip, where an image latent of its own comes first: without its help.
+
+        MUG-V's release decodes what follows the image latent in windows of six counted from there,
+        and puts the given picture in front. Where no picture is given, the image latent is decoded
+        by itself.
+        """
+        chunk = self._codec.chunk_frames
+        if chunk is None or chunk == 1 or self._num_frames % chunk != 1:
+            return self._codec.decode(latents_CTYX)[-self._num_frames :]
+        first = self._picture
+        if first is None or self._num_frames == 1:
+            first = self._codec.decode(latents_CTYX[:, :1])[-1:]
+        if self._num_frames == 1:
+            return first
+        rest = self._codec.decode(latents_CTYX[:, 1:])
+        height, width = rest.shape[1:3]  # a border that makes no latent does not come back
+        return np.concatenate([first[:, :height, :width], rest])
 
     def _flow(self, numbers: np.ndarray, times: list[float]) -> Iterator[Tensor]:
         wish, trained = self._wish, self._trained
-        shape = (trained.recipe.model.in_channels, *self._latent_shape)
+        shape = (trained.settings.in_channels, *self._latent_shape)
         # A prompt's noise depends on its number alone, so that batches change nothing.
         noise = draw_noise(wish.seed, numbers, shape, purpose="sample")
-        prompts = [wish.prompts[number] for number in numbers.tolist()]
+        prompts = [wish.prompts[number] + wish.prompt_suffix for number in numbers.tolist()]
         velocity = guided(
             self._velocity(prompts),
             self._velocity([wish.negative_prompt] * len(prompts)),
@@ -176,13 +183,13 @@ class Studio:
 
     def _velocity(self, prompts: Sequence[str]) -> Velocity:
         """x0 - noise, as the model predicts it for these captions."""
-        trained, limit = self._trained, self._trained.recipe.model.max_text_tokens
+        trained, limit = self._trained, self._trained.settings.max_text_tokens
         device, model = trained.groups.device, trained.model
-        features = [self.encoder.encode(prompt)[:limit] for prompt in prompts]
+        features = [self._text.encode(prompt)[:limit] for prompt in prompts]
         text, lengths = (torch.from_numpy(array).to(device) for array in pad_text(features))
         fps_B = torch.full((len(prompts),), 0.0 if self._num_frames == 1 else self.fps).to(device)
         noised_BT = self._noised_T.to(device).expand(len(prompts), -1)
-        sign = 1 if trained.recipe.objective.velocity == "x0-noise" else -1
+        sign = 1 if trained.objective.velocity == "x0-noise" else -1
 
         def velocity(latents_BCTYX: Tensor, t: float) -> Tensor:
             timesteps_B = torch.full_like(fps_B, t * MAX_TIMESTEP)
@@ -190,27 +197,25 @@ class Studio:
             video = whole_video(
                 patches_BSK,
                 latent_shape=latents_BCTYX.shape,
-                patch=trained.recipe.model.patch,
+                patch=trained.settings.patch,
                 groups=trained.groups,
             )
             return sign * video[:, : latents_BCTYX.shape[1]]
 
         return velocity
 
-    def _first_frame(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def _first_frame(self) -> tuple[Tensor, Tensor]:
         """Latents [C, T, Y, X] that are given, and which frames [T] are not."""
         num_latents = self._latent_shape[0]
-        channels = self._trained.recipe.model.in_channels
-        given_CTYX = torch.zeros(channels, *self._latent_shape)
+        given_CTYX = torch.zeros(self._trained.settings.in_channels, *self._latent_shape)
         noised_T = torch.ones(num_latents, dtype=torch.bool)
-        if self._wish.image is not None:
+        if self._picture is not None:
             if num_latents == 1:
                 raise DataError(
-                    f"bucket {self.bucket!r}: is of images, which cannot go on from an image; "
-                    "choose a bucket of clips"
+                    f"{self._wish.image}: an image cannot go on from an image; choose a bucket of "
+                    "clips, or a --size with more frames"
                 )
-            picture = read_picture(self._wish.image, height=height, width=width)
-            given_CTYX[:, :1] = torch.from_numpy(self.codec.encode(picture))
+            given_CTYX[:, :1] = torch.from_numpy(self._codec.encode(self._picture))
             noised_T[0] = False
         return given_CTYX, noised_T
 
@@ -228,40 +233,17 @@ def last_timestep_shift(recipe: VideoRecipe) -> float:
     return float(held.timestep_shift.at(start))
 
 
-def manifest_of(recipe: VideoRecipe, shards: Path | None) -> VideoManifest:
-    """What made the shards: the run's, or others like them. Raises ``DataError``."""
-    if shards is not None:
-        return read_video_manifest(shards)
-    folder = Path(next(iter(recipe.data.sources.values())).shards)
-    if not folder.is_dir():
+def _choose_size(recipe: VideoRecipe | None, wish: Wish) -> tuple[int, int, int]:
+    """Height, width and frames."""
+    if wish.size is not None:
+        return wish.size
+    if recipe is None:
         raise DataError(
-            f"{folder}: the run's shards are not there, and they say which codec and text encoder "
-            "the model speaks; run from the folder the run was started in, or give shards of the "
-            "same codec and encoder with --shards"
+            "the model is no run, so it has no buckets; give --size HEIGHTxWIDTH[xFRAMES], or a "
+            "--preset that has one"
         )
-    return read_video_manifest(folder)
-
-
-def open_encoders(manifest: VideoManifest) -> tuple[Codec, TextEncoder]:
-    """Those that made the shards. Raises ``DataError`` where they have changed since."""
-    codec = load_codec(manifest.codec.name)
-    encoder = load_text_encoder(manifest.text_encoder.name)
-    for record, wanted in (
-        (codec.record, manifest.codec),
-        (encoder.record, manifest.text_encoder),
-    ):
-        if record.sha256 != wanted.sha256:
-            raise DataError(
-                f"{wanted.name}: is not what the shards were made with (sha256 "
-                f"{record.sha256[:12]}, then {wanted.sha256[:12]}); put the old weights back"
-            )
-    return codec, encoder
-
-
-def _choose_bucket(recipe: VideoRecipe, wish: Wish) -> str:
     known = recipe.data.buckets
-    if wish.bucket is None:
-        return max(known, key=lambda name: known[name].height * known[name].num_frames)
-    if wish.bucket not in known:
+    if wish.bucket is not None and wish.bucket not in known:
         raise DataError(f"no bucket {wish.bucket!r} in the recipe; choose of {', '.join(known)}")
-    return wish.bucket
+    sizes = {name: (shape.height, shape.width, shape.num_frames) for name, shape in known.items()}
+    return sizes[wish.bucket or max(sorted(sizes), key=lambda name: math.prod(sizes[name]))]

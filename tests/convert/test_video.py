@@ -16,9 +16,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_curr.cli import app
-from megatron_curr.convert.mugv import mugv_pieces
+from megatron_curr.convert.mugv import model_of_shapes, mugv_pieces
 from megatron_curr.convert.source import open_weights
-from megatron_curr.convert.video import model_of_shapes, open_video_source
+from megatron_curr.convert.video import open_video_source
 from megatron_curr.convert.video_first_weights import video_first_weights
 from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.load import load_recipe
@@ -200,8 +200,9 @@ def test_safetensors_carry_a_config_and_go_back(folder: Path, tmp_path: Path) ->
 def test_sizes_are_read_off_the_released_shapes(folder: Path) -> None:
     model = load_recipe(folder / "one" / "recipe.yaml").model
     shapes = {piece.published: piece.shape for piece in mugv_pieces(model)}
-    told = {"max_text_tokens", "init_method_std"}
+    told = {"max_text_tokens", "init_method_std", "round_timesteps"}
     assert model_of_shapes(shapes).model_dump(exclude=told) == model.model_dump(exclude=told)
+    assert model_of_shapes(shapes).round_timesteps
 
 
 @pytest.mark.parametrize(

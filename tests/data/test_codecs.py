@@ -93,6 +93,7 @@ def test_a_diffusers_image_autoencoder_is_opened_by_its_folder(image_vae: Path) 
     expected = ((raw - 0.25) * 0.5).transpose(0, 1)
     np.testing.assert_allclose(latents, expected.numpy(), atol=1e-5)
     assert codec.decode(latents).shape == frames.shape
+    assert codec.encode(draw(scene(3), size=17, num_frames=2)).shape == (4, 2, 8, 8)
     # The hash is of the weights: it moves when they do.
     assert load_codec(f"diffusers:{image_vae}").record == codec.record
 

@@ -156,6 +156,15 @@ def test_each_eight_frames_stand_alone_and_an_image_is_a_latent(file: Path) -> N
         codec.check_frames(12)
 
 
+def test_a_border_that_makes_no_latent_is_left_out(file: Path) -> None:
+    """As the release floors: of its sizes, 1110 columns are 138 latents."""
+    for codec in (load_codec(f"mugv:{file}"), load_codec("haar")):
+        frames = np.zeros((8, 28, 46, 3), np.uint8)
+        latents = codec.encode(frames)
+        assert latents.shape == (24, 1, 3, 5)
+        assert codec.decode(latents).shape == (8, 24, 40, 3)
+
+
 def test_safetensors_give_the_same_codec(state: State, file: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "vae.safetensors")
     same = load_codec(f"mugv:{tmp_path / 'vae.safetensors'}")

@@ -63,7 +63,12 @@ def test_noise_is_normal_and_another_for_every_sample_and_seed() -> None:
 
 @pytest.mark.parametrize(
     ("task", "given"),
-    [("t2v", {0}), ("i2v", {1}), ("head", {1, 2, 3}), ("tail", {1, 2, 3}), ("random", {1, 2, 3})],
+    [
+        ("t2v", {0}),
+        ("i2v", {1}),
+        *((task, {1, 2, 3}) for task in ("head", "tail", "random", "span")),
+        ("head_tail", {2, 4, 6}),
+    ],
 )
 def test_tasks_give_frames(task: str, given: set[int]) -> None:
     mask = draw_frame_masks(only(task), 1, IDS[:400], latent_frames=12)
@@ -73,8 +78,25 @@ def test_tasks_give_frames(task: str, given: set[int]) -> None:
         assert all(not row[:count].any() for row, count in zip(mask, counts, strict=True))
     if task == "tail":
         assert all(not row[-count:].any() for row, count in zip(mask, counts, strict=True))
-    if task == "random":
+    if task in ("random", "span"):
         assert (~mask).any(axis=0).all()  # every place, some time
+    if task == "span":  # in a row: one beginning, one end
+        assert (np.diff(np.pad(~mask, ((0, 0), (1, 1))).astype(int)) != 0).sum(axis=1).max() == 2
+    if task == "head_tail":
+        assert (mask == mask[:, ::-1]).all() and not mask[:, [0, -1]].any()
+        assert mask[:, 3:-3].all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("latent_frames", [1, 2, 3, 5])
+def test_every_task_leaves_a_frame_to_be_learnt(task: str, latent_frames: int) -> None:
+    assert draw_frame_masks(only(task), 1, IDS[:99], latent_frames=latent_frames).any(axis=1).all()
+
+
+def test_tasks_of_no_weight_are_never_drawn_whatever_the_others_round_to() -> None:
+    weights = np.array([0.0, 1 - 1e-3, 0, 0, 0, 0, 0])  # sums to less than 1
+    mask = draw_frame_masks(weights, 1, IDS, latent_frames=12)
+    assert (~mask[:, 0]).all() and mask[:, 1:].all()
 
 
 def test_tasks_come_in_their_shares_and_images_always_get_noise() -> None:

@@ -313,7 +313,10 @@ def test_captions_come_from_lists_and_from_beside_the_file(tmp_path: Path) -> No
     ("options", "message"),
     [
         ({"buckets": []}, "no bucket"),
-        ({"buckets": [Bucket("odd", 40, 32, 16)]}, "height 40 is no multiple of 16 .* take 32 or"),
+        (
+            {"buckets": [Bucket("odd", 40, 32, 16)]},
+            r"height 40 makes 5 latents of 8 pixels .* take 32 to 39, or 48",
+        ),
         ({"buckets": [Bucket("odd", 32, 32, 12)]}, "num_frames 12: .* take 8, 9 or 16"),
         (
             {"buckets": [Bucket("large", 512, 512, 16)]},

@@ -16,7 +16,8 @@ from data_tools.video_decode import opened
 from launch.demo_video import run_video_demo
 from megatron_curr.cli import main
 from megatron_curr.recipe.shipped import shipped_recipe
-from megatron_curr.sample.run import Wish, sample
+from megatron_curr.sample.run import sample
+from megatron_curr.sample.wish import Wish
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from megatron_curr.curriculum.schedule import build_schedule
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import check_layout
 from megatron_curr.recipe.load import dump_recipe, load_recipe, recipe_fingerprint
+from megatron_curr.recipe.presets import VIDEO_PRESETS, preset_names
 from megatron_curr.recipe.shipped import shipped_recipe
+from megatron_curr.recipe.video_model import VideoDiT as dit
 from megatron_curr.recipe.video_schema import VideoRecipe
 from tests.training.tiny_video import video_recipe_values
 
@@ -44,8 +46,28 @@ def test_model_decides_the_kind_and_a_dump_loads_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(720, 1280, 90, 160), (832, 1110, 104, 138), (960, 960, 120, 120), (1108, 832, 138, 104)],
+)
+def test_latents_of_a_size_are_the_release_s(
+    tmp_path: Path, height: int, width: int, rows: int, columns: int
+) -> None:
+    clip = {"height": height, "width": width, "num_frames": 105, "batch_samples": 4}
+    recipe = load_recipe(written(tmp_path, {"data.buckets.clip": clip}))
+    assert isinstance(recipe, VideoRecipe)
+    assert recipe.data.latent_shape("clip") == (14, rows, columns)
+
+
+def test_presets_of_the_release_round_timesteps_as_it_does() -> None:
+    rounded = {name for name in preset_names(VIDEO_PRESETS) if dit(preset=name).round_timesteps}
+    assert rounded == {"dit_debug", "dit_1b", "dit_4b", "dit_10b", "dit_18b"}
+    assert not dit(preset="dit_10b", round_timesteps=False).round_timesteps
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data.buckets.clip.height": 4}, "found 4; a latent stands for 8 pixels"),
         ({"data.sources.films.buckets": ["clop"]}, "no bucket 'clop' in data.buckets; did you mea"),
         ({"data.sources.films.buckets": ["clip", "clip"]}, "'clip' is listed twice"),
         ({"curriculum.phases.0.buckets": {"clop": 1.0}}, "no such bucket in data.buckets; did you"),

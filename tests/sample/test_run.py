@@ -19,7 +19,9 @@ from megatron_curr.errors import DataError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.recipe.shipped import shipped_recipe
 from megatron_curr.recipe.video_schema import VideoRecipe
-from megatron_curr.sample.run import Wish, last_timestep_shift, manifest_of, open_encoders
+from megatron_curr.sample.encoders import manifest_of, open_encoders
+from megatron_curr.sample.run import last_timestep_shift
+from megatron_curr.sample.wish import Wish
 from megatron_curr.training.checkpoint_folder import STATE, RunState, write_manifest
 from tests.data.video_folders import write_drawn_folder
 from tests.training.tiny import recipe_values
@@ -51,11 +53,11 @@ def saved_run(folder: Path, values: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("kind", "place", "message"),
     [
-        ("text", "", "is a run of text; sample needs one of video"),
-        ("video", "", "holds no average of the weights; use --weights raw, or train with"),
+        ("text", "", "is no model of video; sample needs a run of video"),
+        ("video", "", "holds no moving average of the weights; train with training.ema_decay"),
         ("video", "checkpoints/step_00000009", "no such folder; beside it are step_00000001"),
         ("video", "elsewhere", "no such folder; give a run of video"),
-        ("video", "checkpoints", "neither a run folder"),
+        ("video", "checkpoints", "is no model of video"),
     ],
 )
 def test_runs_that_cannot_be_sampled_are_refused_and_nothing_is_written(
@@ -74,7 +76,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = saved_run(tmp_path / "run", video_recipe_values(tmp_path, tmp_path / "run"))
-    assert main(["sample", str(run), "--prompt", "a red square"]) == 2
+    assert main(["sample", str(run), "--prompt", "a red square", "--weights", "raw"]) == 2
     said = capsys.readouterr().err
     assert "is missing; the checkpoint has bias" in said and "another recipe" in said
 
