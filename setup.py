@@ -73,6 +73,7 @@ setup(
             "fastokens>=0.3.5",
             "gigatoken>=0.10",
             "hypothesis>=6.100",
+            "jsonschema>=4.23",
             "mypy>=1.15",
             "protobuf>=5",
             "pytest>=8.3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal
 
 SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -10,7 +11,9 @@ _COUNT = re.compile(
     r"(?P<number>[+-]?(\d[\d_]*)(\.\d+)?([eE][+-]?\d+)?)\s*(?P<suffix>k|M|B|T|K|m|b|t|)"
 )
 _LARGEST_EXPONENT = 30  # keeps a mistyped 1e999999 from filling the memory with digits
-_ACCEPTED = "write a whole number such as 4096, 1_000, 400k, 2.5M, 100B or 1.5T"
+_COUNTS = "count; write a whole number such as 4096, 1_000, 400k, 2.5M, 100B or 1.5T"
+_LENGTHS = "length in tokens; write a whole number such as 4096 or 4k, which is 4,096"
+_LENGTH_SUFFIXES = {"": 1, "k": 2**10, "M": 2**20}
 
 
 def parse_count(value: object) -> int:
@@ -18,20 +21,33 @@ def parse_count(value: object) -> int:
 
     Raises ``ValueError`` that says what is accepted; a fraction of one is an error, never rounded.
     """
+    return _parse(value, SUFFIXES, _COUNTS)
+
+
+def parse_length(value: object) -> int:
+    """A sequence length: as a count, but ``4k`` is 4,096, ``128k`` 131,072 and ``1M`` 1,048,576.
+
+    So models are named, and such lengths divide each other. Raises ``ValueError``.
+    """
+    return _parse(value, _LENGTH_SUFFIXES, _LENGTHS)
+
+
+def _parse(value: object, suffixes: Mapping[str, int], accepted: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a count; {_ACCEPTED}")
+        raise ValueError(f"{value!r} is not a {accepted}")
     if isinstance(value, int):
         return value
     match = _COUNT.fullmatch(str(value).strip())
-    if match is None:
-        raise ValueError(f"{value!r} is not a count; {_ACCEPTED}")
+    suffix = match["suffix"] if match else ""
+    suffix = "k" if suffix in ("k", "K") else suffix.upper()
+    if match is None or suffix not in suffixes:
+        raise ValueError(f"{value!r} is not a {accepted}")
     number = Decimal(match["number"].replace("_", ""))
     if number.adjusted() > _LARGEST_EXPONENT:
-        raise ValueError(f"{value!r} is too large for a count; {_ACCEPTED}")
-    suffix = match["suffix"] if match["suffix"] == "k" else match["suffix"].upper()
-    scaled = number * SUFFIXES["k" if suffix == "K" else suffix]
+        raise ValueError(f"{value!r} is too large for a {accepted}")
+    scaled = number * suffixes[suffix]
     if scaled != scaled.to_integral_value():
-        raise ValueError(f"{value!r} is not a whole number; {_ACCEPTED}")
+        raise ValueError(f"{value!r} is not a whole {accepted}")
     return int(scaled)
 
 

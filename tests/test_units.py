@@ -2,7 +2,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_curr.units import format_bytes, format_count, format_duration, parse_count
+from megatron_curr.units import (
+    format_bytes,
+    format_count,
+    format_duration,
+    parse_count,
+    parse_length,
+)
 
 COUNTS = st.integers(min_value=0, max_value=10**18)
 
@@ -90,3 +96,17 @@ def test_bytes_are_printed_in_powers_of_1024(size_bytes: int, text: str) -> None
 )
 def test_duration_is_printed_in_its_two_largest_units(duration_s: float, text: str) -> None:
     assert format_duration(duration_s) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [("4k", 4096), ("128K", 131_072), ("1M", 1_048_576), ("4096", 4096), (4096, 4096), (8e3, 8000)],
+)
+def test_k_of_a_sequence_length_is_1024(text: object, length: int) -> None:
+    assert parse_length(text) == length
+
+
+@pytest.mark.parametrize("text", ["4T", "4.0001k", "k", "", "4kk", True, None])
+def test_what_is_no_sequence_length_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="such as 4096 or 4k"):
+        parse_length(text)

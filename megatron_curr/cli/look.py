@@ -71,10 +71,6 @@ def doctor(
 @app.command(epilog="Example: megatron-curr schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of recipes, for completion and checks in an editor."""
-    from pydantic import TypeAdapter
+    from megatron_curr.recipe.kinds import recipe_json_schema
 
-    from megatron_curr.recipe.schema import Recipe
-    from megatron_curr.recipe.video_schema import VideoRecipe
-
-    kinds = TypeAdapter(Recipe | VideoRecipe)
-    typer.echo(json.dumps(kinds.json_schema(by_alias=True), indent=2))
+    typer.echo(json.dumps(recipe_json_schema(), indent=2))

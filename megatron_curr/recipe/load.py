@@ -17,20 +17,17 @@ from pydantic import ValidationError
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.check import recipe_problems
+from megatron_curr.recipe.kinds import kind_of
 from megatron_curr.recipe.layout_rules import layout_problems
-from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.nearest_layouts import refuse_layout
 from megatron_curr.recipe.problems import did_you_mean, problems_of, refusal
 from megatron_curr.recipe.schema import Recipe, RunRecipe
 from megatron_curr.recipe.section import Section
-from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.recipe.yaml_lines import Path as KeyPath
 from megatron_curr.recipe.yaml_lines import dump_yaml, parse_yaml
 
 AnySection = TypeVar("AnySection", bound=Section)
-
-VIDEO_PREFIX = "dit_"  # of every preset of a video model
 
 DECIDES_WHAT_IS_TRAINED = (
     "seed",
@@ -79,7 +76,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Vid
     wrong, with its line.
     """
     data, places = _read_mapping(path, overrides, what="recipe")
-    recipe = _validated(_kind_of(data), data, places)
+    recipe = _validated(kind_of(data), data, places)
     if problems := recipe_problems(recipe):
         if layout_problems(recipe):
             raise refuse_layout(recipe, problems, places)
@@ -124,16 +121,6 @@ def _validated(
         return kind.model_validate(data)
     except ValidationError as error:
         raise refusal(problems_of(error, kind), places) from None
-
-
-def _kind_of(data: dict[str, Any]) -> type[Recipe] | type[VideoRecipe]:
-    """What the model is: of video where it names a preset or a field that only video has."""
-    model = data.get("model")
-    if not isinstance(model, dict):
-        return Recipe
-    of_video = set(VideoDiT.model_fields) - set(Model.model_fields)
-    is_video = str(model.get("preset")).startswith(VIDEO_PREFIX) or of_video & set(model)
-    return VideoRecipe if is_video else Recipe
 
 
 def dump_recipe(recipe: RunRecipe) -> str:

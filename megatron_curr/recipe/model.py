@@ -7,34 +7,36 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_curr.recipe.presets import model_preset
-from megatron_curr.recipe.section import Section
-
-
-def _architecture_or_preset(schema: dict[str, Any]) -> None:
-    """In the JSON schema: a model gives its preset or its own architecture."""
-    required = set(schema.pop("required")) - {"kv_channels", "num_query_groups"}  # have defaults
-    schema["anyOf"] = [{"required": ["preset"]}, {"required": sorted(required)}]
+from megatron_curr.recipe.presets import TEXT_PRESETS, architecture_or_preset, model_preset
+from megatron_curr.recipe.section import Section, SequenceLength
 
 
 class Model(Section):
     """A decoder-only transformer, in the terms of megatron-core's ``TransformerConfig``."""
 
-    model_config = ConfigDict(json_schema_extra=_architecture_or_preset)
+    model_config = ConfigDict(
+        json_schema_extra=architecture_or_preset(
+            TEXT_PRESETS, has_default={"kv_channels", "num_query_groups"}
+        )
+    )
 
     preset: str | None = Field(
         None, description="Named architecture; fields given here override it"
     )
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0, description="Transformer layers")
+    hidden_size: int = Field(gt=0, description="Width of the residual stream")
     ffn_hidden_size: int = Field(gt=0, description="Width of the MLP's hidden layer")
-    num_attention_heads: int = Field(gt=0)
-    num_query_groups: int = Field(gt=0, description="Key/value heads (GQA)")
-    kv_channels: int = Field(gt=0, description="Head dimension")
+    num_attention_heads: int = Field(gt=0, description="Query heads")
+    num_query_groups: int = Field(
+        gt=0, description="Key/value heads (GQA); default: num_attention_heads"
+    )
+    kv_channels: int = Field(gt=0, description="Head dimension; default: hidden_size / heads")
     vocab_size: int | None = Field(None, gt=0, description="Default: the tokenizer's")
-    make_vocab_size_divisible_by: int = Field(128, gt=0)
-    max_position_embeddings: int = Field(gt=0, description="Longest sequence, tokens")
-    rotary_base: float = Field(10_000.0, gt=0)
+    make_vocab_size_divisible_by: int = Field(
+        128, gt=0, description="The embedding's rows are padded to a multiple of this and of tp"
+    )
+    max_position_embeddings: SequenceLength = Field(description="Longest sequence, tokens")
+    rotary_base: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies")
     rotary_percent: float = Field(1.0, gt=0, le=1, description="Part of a head that is rotated")
     rope_scaling_factor: float | None = Field(
         None,
@@ -48,8 +50,8 @@ class Model(Section):
     yarn_scaling_factor: float | None = Field(
         None, gt=1, description="YaRN's stretching of rotations (2309.00071); default: none"
     )
-    yarn_original_max_position_embeddings: int = Field(
-        4096, gt=0, description="Longest sequence before it was stretched, tokens"
+    yarn_original_max_position_embeddings: SequenceLength = Field(
+        4096, description="Longest sequence before it was stretched, tokens"
     )
     yarn_beta_fast: float = Field(
         32.0, gt=0, description="Rotations in that length from which on a frequency stays as it is"
@@ -63,11 +65,13 @@ class Model(Section):
     yarn_mscale_all_dim: float = Field(
         0.0, ge=0, description="The same of what they are divided by; latent: of the softmax scale"
     )
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    normalization: Literal["RMSNorm", "LayerNorm"] = Field(
+        "RMSNorm", description="Kind of every norm; LayerNorm has a bias"
+    )
     norm_position: Literal["before", "after"] = Field(
         "before", description="Norms of a block's input, or of its output before it is added"
     )
-    layernorm_epsilon: float = Field(1e-5, gt=0)
+    layernorm_epsilon: float = Field(1e-5, gt=0, description="Added to a norm's variance")
     activation: Literal["swiglu", "gelu"] = Field(
         "swiglu", description="SwiGLU is gated: two projections in; gelu has one"
     )
@@ -78,13 +82,20 @@ class Model(Section):
     qk_layernorm_over: Literal["head", "projection"] = Field(
         "head", description="One norm of each head, or one of all heads of a token together"
     )
-    add_qkv_bias: bool = False
+    add_qkv_bias: bool = Field(False, description="Biases of queries, keys and values alone")
     linear_biases: Literal["none", "into_residual", "all"] = Field(
         "none",
         description="Biases of the linears that write into the residual stream, or of every one",
     )
-    untie_embeddings_and_output_weights: bool = True
-    init_method_std: float = Field(0.02, gt=0)
+    untie_embeddings_and_output_weights: bool = Field(
+        True, description="The output layer has weights of its own, not the embedding's"
+    )
+    init_method_std: float = Field(
+        0.02,
+        gt=0,
+        description="Standard deviation of first weights; of those that write into "
+        "the residual stream, divided by sqrt(2 x num_layers)",
+    )
 
     kv_lora_rank: int | None = Field(
         None, gt=0, description="Makes attention multi-latent: rank of keys and values"
@@ -110,7 +121,9 @@ class Model(Section):
         None, gt=0, description="Width of the experts that see every token, all together"
     )
     moe_router_topk: int = Field(2, gt=0, description="Experts a token is sent to")
-    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_score_function: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="What makes scores of the router's logits"
+    )
     moe_router_pre_softmax: bool = Field(
         False, description="Softmax over all experts before the choice, not over the chosen ones"
     )
@@ -132,7 +145,9 @@ class Model(Section):
     moe_router_enable_expert_bias: bool = Field(
         False, description="Balance by a bias in the choice of experts (needs sigmoid scores)"
     )
-    moe_router_bias_update_rate: float = Field(1e-3, gt=0)
+    moe_router_bias_update_rate: float = Field(
+        1e-3, gt=0, description="How far that bias moves in a step"
+    )
 
     @property
     def moe_layers(self) -> tuple[bool, ...]:

@@ -15,17 +15,25 @@ ContextParallelExchange = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 class Parallel(Section):
     """How one model is split. The sample order and the result do not depend on it."""
 
-    tensor_model_parallel_size: int = Field(1, gt=0)
-    sequence_parallel: bool = False
-    pipeline_model_parallel_size: int = Field(1, gt=0)
-    virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1)
+    tensor_model_parallel_size: int = Field(1, gt=0, description="Ranks that cut every layer (tp)")
+    sequence_parallel: bool = Field(
+        False, description="Between cut layers, cut the sequence over the tensor-parallel ranks"
+    )
+    pipeline_model_parallel_size: int = Field(
+        1, gt=0, description="Stages that the layers are shared out among (pp)"
+    )
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, gt=1, description="Chunks of layers of a stage, interleaved; default: one"
+    )
     num_layers_in_first_pipeline_stage: int | None = Field(
         None, gt=0, description="Default: the layers are spread evenly"
     )
     num_layers_in_last_pipeline_stage: int | None = Field(
         None, gt=0, description="Default: the layers are spread evenly"
     )
-    context_parallel_size: int = Field(1, gt=0)
+    context_parallel_size: int = Field(
+        1, gt=0, description="Ranks that cut every sequence, attention included (cp)"
+    )
     context_parallel_exchange: ContextParallelExchange = Field(
         "p2p",
         description="How attention reaches the keys of other context ranks: a ring (p2p), all at "
@@ -44,7 +52,9 @@ class Parallel(Section):
     expert_tensor_parallel_size: int | None = Field(
         None, gt=0, description="Ranks that cut one expert; default: tensor_model_parallel_size"
     )
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool = Field(
+        False, description="Share moments and fp32 weights out among the data-parallel ranks"
+    )
     overlap_grad_reduce: bool = Field(
         False, description="Reduce gradients bucket by bucket while the backward pass still runs"
     )
@@ -54,7 +64,9 @@ class Parallel(Section):
     micro_batch_tokens: PositiveTokens = Field(
         description="Tokens per micro-batch of a data-parallel rank; a multiple of every seq_length"
     )
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None, description="Activations computed again in the backward pass; default: none"
+    )
     recompute_method: Literal["uniform", "block"] | None = Field(
         None, description="For full recompute; default: uniform"
     )

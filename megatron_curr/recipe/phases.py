@@ -7,29 +7,32 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
-from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section
+from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section, SequenceLength
 
 DEFAULT_WEIGHT_DECAY = 0.1
 Shape = Literal["linear", "cosine", "step"]
+_FROM = "Where the piece begins; default: where the curve stands"
+_SHAPE = "How it gets there; step: the old value to the end of the piece, then the new one"
+_OVER = "Tokens that the piece takes; default: the rest of the phase"
 
 
 class Piece(Section):
     """A stretch of a curve: from one value to another over some tokens, then hold."""
 
-    from_: float | None = Field(None, alias="from", description="Default: where the curve stands")
-    to: float
-    shape: Shape = "linear"
-    over: PositiveTokens | None = Field(None, description="Default: the rest of the phase")
+    from_: float | None = Field(None, alias="from", description=_FROM)
+    to: float = Field(description="Where the piece ends, and what then holds")
+    shape: Shape = Field("linear", description=_SHAPE)
+    over: PositiveTokens | None = Field(None, description=_OVER)
 
 
 class BatchPiece(Section):
     """A stretch of the global-batch curve, climbing in whole increments."""
 
-    from_: PositiveTokens | None = Field(None, alias="from")
-    to: PositiveTokens
-    increment: PositiveTokens
-    shape: Shape = "linear"
-    over: PositiveTokens | None = None
+    from_: PositiveTokens | None = Field(None, alias="from", description=_FROM)
+    to: PositiveTokens = Field(description="Tokens of a step where the piece ends")
+    increment: PositiveTokens = Field(description="Tokens by which the batch grows at a time")
+    shape: Shape = Field("linear", description=_SHAPE)
+    over: PositiveTokens | None = Field(None, description=_OVER)
 
 
 def normalised(weights: dict[str, float]) -> dict[str, float]:
@@ -52,10 +55,10 @@ Weights = Annotated[dict[str, Weight], AfterValidator(normalised)]
 class MixturePiece(Section):
     """A stretch of the mixture: weights are shares of tokens, normalised to 1."""
 
-    from_: Weights | None = Field(None, alias="from")
-    to: Weights
-    shape: Shape = "linear"
-    over: PositiveTokens | None = None
+    from_: Weights | None = Field(None, alias="from", description=_FROM)
+    to: Weights = Field(description="Weights where the piece ends")
+    shape: Shape = Field("linear", description=_SHAPE)
+    over: PositiveTokens | None = Field(None, description=_OVER)
 
 
 def _form(value: Any) -> str:
@@ -98,18 +101,29 @@ Mixture = Annotated[
 class RunPhase(Section):
     """An interval of the curriculum. A curve left out holds the value the phase before ended on."""
 
-    name: str = Field(pattern=NAME_PATTERN)
-    tokens: PositiveTokens
-    mixture: Mixture | None = None
-    global_batch_tokens: BatchCurve | None = None
-    learning_rate: Curve | None = None
-    weight_decay: Curve | None = None
+    name: str = Field(pattern=NAME_PATTERN, description="Of the phase, for people and metrics")
+    tokens: PositiveTokens = Field(description="Length of the phase")
+    mixture: Mixture | None = Field(
+        None,
+        description="Weights of sources, as shares of tokens: {web: 0.8, code: 0.2}, or pieces",
+    )
+    global_batch_tokens: BatchCurve | None = Field(
+        None, description="Tokens of a step, over all ranks: a count, or pieces"
+    )
+    learning_rate: Curve | None = Field(
+        None, description="A number, or pieces: [{from: 0, to: 3e-4, over: 8B}]"
+    )
+    weight_decay: Curve | None = Field(
+        None, description=f"A number, or pieces; default of the first phase: {DEFAULT_WEIGHT_DECAY}"
+    )
 
 
 class Phase(RunPhase):
     """An interval of a text curriculum."""
 
-    seq_length: int = Field(gt=0)
+    seq_length: SequenceLength = Field(
+        description="Tokens of a sample; 4k is 4,096, as models are named"
+    )
 
 
 AnyPhase = TypeVar("AnyPhase", bound=RunPhase)
@@ -126,4 +140,6 @@ def with_weight_decay(phases: list[AnyPhase]) -> list[AnyPhase]:
 class Curriculum(Section):
     """What a text run does from its first token to its last."""
 
-    phases: Annotated[list[Phase], AfterValidator(with_weight_decay)] = Field(min_length=1)
+    phases: Annotated[list[Phase], AfterValidator(with_weight_decay)] = Field(
+        min_length=1, description="One after the other"
+    )

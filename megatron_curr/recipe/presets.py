@@ -6,6 +6,7 @@ with its source.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -37,3 +38,14 @@ def model_preset(name: str, file: str = TEXT_PRESETS) -> dict[str, Any]:
         hint = f"did you mean {close[0]!r}?" if close else f"known presets: {', '.join(presets)}"
         raise ValueError(f"no model preset {name!r}; {hint}")
     return dict(presets[name])
+
+
+def architecture_or_preset(file: str, *, has_default: Set[str]) -> Callable[[dict[str, Any]], None]:
+    """For the JSON schema of a model: it names one of the presets, or gives its architecture."""
+
+    def describe(schema: dict[str, Any]) -> None:
+        required = set(schema.pop("required")) - has_default
+        schema["anyOf"] = [{"required": ["preset"]}, {"required": sorted(required)}]
+        schema["properties"]["preset"]["anyOf"] = [{"enum": preset_names(file)}, {"type": "null"}]
+
+    return describe

@@ -6,19 +6,30 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from megatron_curr.units import parse_count
+from megatron_curr.units import parse_count, parse_length
 
 NAME_PATTERN = r"^[A-Za-z0-9_.-]+$"
 _COUNT_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
-        {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?\s*[kKMBT]?$"},
+        {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*[kKmMbBtT]?$"},
     ],
-    "description": "A count: 4096, 400k, 1.5T",
+    "title": "A count: 4096, 400k, 1.5T",
+}
+_LENGTH_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": r"^[0-9]+\s*[kKmM]?$"},
+    ],
+    "title": "A length in tokens: 4096, 4k (which is 4,096)",
 }
 
 PositiveTokens = Annotated[
     int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(_COUNT_SCHEMA)
+]
+
+SequenceLength = Annotated[
+    int, BeforeValidator(parse_length), Field(gt=0), WithJsonSchema(_LENGTH_SCHEMA)
 ]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_curr.recipe.presets import VIDEO_PRESETS, model_preset
+from megatron_curr.recipe.presets import VIDEO_PRESETS, architecture_or_preset, model_preset
 from megatron_curr.recipe.section import Section
 
 ROTARY_AXES = 3  # row, column and frame share a head's channels; each takes pairs of them
@@ -17,13 +17,19 @@ ROTARY_AXES = 3  # row, column and frame share a head's channels; each takes pai
 class VideoDiT(Section):
     """MUG-V's diffusion transformer, in the terms of megatron-core where it has one."""
 
+    model_config = ConfigDict(
+        json_schema_extra=architecture_or_preset(
+            VIDEO_PRESETS, has_default={"kv_channels", "ffn_hidden_size"}
+        )
+    )
+
     preset: str | None = Field(
         None, description="Named architecture; fields given here override it"
     )
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0, description="Transformer layers")
+    hidden_size: int = Field(gt=0, description="Width of the residual stream")
     ffn_hidden_size: int = Field(gt=0, description="Width of the MLP; default: 4 x hidden_size")
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, description="Heads of queries, keys and values")
     kv_channels: int = Field(
         gt=0, description="Head dimension, a multiple of 6; default: hidden_size / heads"
     )
@@ -38,7 +44,7 @@ class VideoDiT(Section):
         description="Frames, rows and columns of latents that make one token",
     )
     text_hidden_size: int = Field(4096, gt=0, description="Width of the text encoder's features")
-    max_text_tokens: int = Field(300, gt=0)
+    max_text_tokens: int = Field(300, gt=0, description="Caption tokens that are attended to")
     timestep_frequencies: int = Field(
         256, gt=0, multiple_of=2, description="Width of the sinusoids of timestep and frame rate"
     )
@@ -47,9 +53,9 @@ class VideoDiT(Section):
         description="Round timesteps and frame rates to the weights' dtype before their sinusoids, "
         "as MUG-V's release does; without effect in fp32",
     )
-    rotary_base: float = Field(10_000.0, gt=0)
-    layernorm_epsilon: float = Field(1e-6, gt=0)
-    init_method_std: float = Field(0.02, gt=0)
+    rotary_base: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies")
+    layernorm_epsilon: float = Field(1e-6, gt=0, description="Added to a norm's variance")
+    init_method_std: float = Field(0.02, gt=0, description="Standard deviation of first weights")
 
     @property
     def num_query_groups(self) -> int:

@@ -43,4 +43,6 @@ def _with_defaults(phases: list[VideoPhase]) -> list[VideoPhase]:
 class VideoCurriculum(Section):
     """What a video run does from its first latent patch to its last."""
 
-    phases: Annotated[list[VideoPhase], AfterValidator(_with_defaults)] = Field(min_length=1)
+    phases: Annotated[list[VideoPhase], AfterValidator(_with_defaults)] = Field(
+        min_length=1, description="One after the other"
+    )

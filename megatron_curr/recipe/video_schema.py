@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_curr.recipe.schema import OnExhausted, RunRecipe
+from megatron_curr.recipe.schema import ON_EXHAUSTED, OnExhausted, RunRecipe
 from megatron_curr.recipe.section import NAME_PATTERN, Section
 from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_phases import VideoCurriculum
@@ -29,8 +29,8 @@ def latent_shape(pixels: Sequence[int], compression: Sequence[int]) -> tuple[int
 class Bucket(Section):
     """One shape of samples, in pixels, and how many of them make a lot."""
 
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    height: int = Field(gt=0, description="Pixels")
+    width: int = Field(gt=0, description="Pixels")
     num_frames: int = Field(gt=0, description="1 for images")
     batch_samples: int = Field(
         gt=0, description="Samples of a lot, which all data-parallel ranks work on together"
@@ -44,18 +44,22 @@ class VideoSource(Section):
     heldout: str | None = Field(None, description="Shards evaluated on, never trained on")
     buckets: list[Name] = Field(min_length=1, description="Shapes that are read of this source")
     max_epochs: float = Field(4.0, gt=0, description="Most passes over any shape of the source")
-    on_exhausted: OnExhausted = "error"
+    on_exhausted: OnExhausted = Field("error", description=ON_EXHAUSTED)
 
 
 class VideoData(Section):
+    """What a video run reads, and in which shapes."""
+
     compression: list[Annotated[int, Field(gt=0)]] = Field(
         [8, 8, 8],
         min_length=3,
         max_length=3,
         description="Frames, rows and columns of pixels that the codec makes one latent of",
     )
-    buckets: dict[Name, Bucket] = Field(min_length=1)
-    sources: dict[Name, VideoSource] = Field(min_length=1)
+    buckets: dict[Name, Bucket] = Field(min_length=1, description="The shapes, by name")
+    sources: dict[Name, VideoSource] = Field(
+        min_length=1, description="The named parts that mixtures give weights to"
+    )
 
     def latent_shape(self, bucket: str) -> tuple[int, int, int]:
         """Latent frames, rows, columns of a bucket's samples."""
@@ -70,8 +74,8 @@ class Objective(Section):
     velocity: Literal["x0-noise", "noise-x0"] = Field(
         "x0-noise", description="What the model predicts; Wan and Open-Sora 2 use noise-x0"
     )
-    logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
+    logit_mean: float = Field(0.0, description="Mean of the timesteps' logits")
+    logit_std: float = Field(1.0, gt=0, description="Their standard deviation")
     uniform_share: float = Field(
         0.0, ge=0, le=1, description="Share of timesteps drawn evenly, not logit-normally"
     )
@@ -80,7 +84,7 @@ class Objective(Section):
         description="Timesteps grow with sqrt(height x width / 512^2 x latent frames), or not; "
         "times the phase's timestep_shift",
     )
-    image_loss_weight: float = Field(0.3, ge=0)
+    image_loss_weight: float = Field(0.3, ge=0, description="Weight of pictures beside clips")
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="Share of captions replaced by the shards' empty caption"
     )
@@ -96,10 +100,10 @@ class VideoRecipe(RunRecipe):
         "checkpoint:FOLDER of a run, of a converted model or of MUG-V's training code, ema:FOLDER "
         "for a run's moving average; moments begin at zero. Default: drawn from the seed",
     )
-    model: VideoDiT
-    data: VideoData
-    curriculum: VideoCurriculum
-    objective: Objective = Objective()
+    model: VideoDiT = Field(description="What is trained: a preset, or an architecture")
+    data: VideoData = Field(description="Shapes and sources")
+    curriculum: VideoCurriculum = Field(description="What happens at which latent patch")
+    objective: Objective = Field(Objective(), description="What the model learns to predict")
 
     def sample_tokens(self, bucket: str) -> int:
         """Latent patches of one sample of a bucket."""

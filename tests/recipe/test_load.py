@@ -5,6 +5,7 @@ import pytest
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.load import dump_recipe, load_recipe
 from megatron_curr.recipe.phases import MixturePiece, Piece, normalised
+from megatron_curr.recipe.schema import Checkpoint, Evaluation
 from megatron_curr.recipe.shipped import shipped_recipe
 from tests.recipe.recipes import SOUND, only_refusal, refusal_of, sound_recipe, write_recipe
 
@@ -40,7 +41,7 @@ def test_weights_that_do_not_sum_exactly_survive_a_second_normalisation() -> Non
 def test_unknown_key_names_line_and_nearest_key(tmp_path: Path) -> None:
     text = SOUND.replace("      tokens: 800k", "      token: 800k")
     assert refusal_of(tmp_path, text=text) == [
-        "recipe.yaml:16: curriculum.phases.1.tokens: missing; give it",
+        "recipe.yaml:16: curriculum.phases.1.tokens: missing; give it: Length of the phase",
         "recipe.yaml:17: curriculum.phases.1.token: unknown key; did you mean 'tokens'?",
     ]
 
@@ -67,8 +68,35 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_missing_section_says_so(tmp_path: Path) -> None:
+    text = SOUND.replace("parallel: {micro_batch_tokens: 1024}\n", "")
+    assert only_refusal(tmp_path, text=text) == (
+        "recipe.yaml:1: parallel: missing; give it: How the model is split over ranks"
+    )
+
+
+def test_saves_and_evaluations_left_out_come_twenty_times_in_a_run(tmp_path: Path) -> None:
     text = SOUND.replace("checkpoint: {every_tokens: 100k}\n", "")
-    assert only_refusal(tmp_path, text=text) == "recipe.yaml:1: checkpoint: missing; give it"
+    recipe = load_recipe(write_recipe(tmp_path, text.replace("every_tokens: 100k", "")))
+    assert recipe.checkpoint == Checkpoint(every_tokens=60_000)
+    assert recipe.evaluation == Evaluation(every_tokens=60_000)
+    assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_a_long_run_saves_at_least_every_five_billion_tokens(tmp_path: Path) -> None:
+    text = SOUND.replace("checkpoint: {every_tokens: 100k}", "checkpoint: {keep_last: 5}")
+    recipe = load_recipe(write_recipe(tmp_path, text.replace("800k", "2_048_000_000_000")))
+    assert recipe.checkpoint == Checkpoint(every_tokens=5 * 10**9, keep_last=5)
+    assert recipe.evaluation.every_tokens == 100_000  # as it is written
+
+
+def test_sequence_lengths_count_k_as_models_are_named(tmp_path: Path) -> None:
+    model = "{preset: demo, max_position_embeddings: 4K}"
+    text = SOUND.replace("{preset: demo}", model).replace("seq_length: 256", "seq_length: 1k")
+    text = text.replace("global_batch_tokens: 4096", "global_batch_tokens: 4_096")
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    assert recipe.model.max_position_embeddings == 4096
+    assert [phase.seq_length for phase in recipe.curriculum.phases] == [128, 1024]
+    assert recipe.curriculum.phases[0].tokens == 400_000
 
 
 def test_missing_key_is_explained(tmp_path: Path) -> None:
