@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
 from megatron_curr.incarnation.conclude import conclude
 from megatron_curr.incarnation.record import incarnations
+from megatron_curr.incarnation.surroundings import is_of_a_launcher, pins_threads
 from megatron_curr.recipe.load import dump_recipe, load_recipe
 from megatron_curr.training.preflight import prepare
 from megatron_curr.training.signals import STOP_SIGNALS
@@ -79,9 +81,8 @@ class Crew:
         self._handlers = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
 
     def _start(self, arguments: Sequence[str], rank: int, ranks: int) -> subprocess.Popen[bytes]:
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
         command = [sys.executable, "-m", self._module, *arguments]
-        environment = {**os.environ, **{name: str(number) for name, number in place.items()}}
+        environment = environment_of_rank(os.environ, rank, ranks)
         if rank == 0:
             return subprocess.Popen(command, env=environment, start_new_session=True)
         with (self._meeting / f"{rank}.out").open("wb") as output:
@@ -142,6 +143,24 @@ class Crew:
             process.wait()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+
+def environment_of_rank(here: Mapping[str, str], rank: int, ranks: int) -> dict[str, str]:
+    """What a rank gets of this process's environment, and its own place among the others.
+
+    Left out is what another launcher has said of its ranks; what would bind the threads of several
+    ranks to the same cores; and a network interface that this machine does not have.
+    """
+    interfaces = {name for _, name in socket.if_nameindex()}
+
+    def is_of_use(name: str, value: str) -> bool:
+        if name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+            return not interfaces.isdisjoint(value.split(","))
+        return not is_of_a_launcher(name) and not (ranks > 1 and pins_threads(name))
+
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    kept = {name: value for name, value in here.items() if is_of_use(name, value)}
+    return {**kept, **{name: str(number) for name, number in place.items()}}
 
 
 def _ending(code: int) -> str:

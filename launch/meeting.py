@@ -36,10 +36,14 @@ class Place:
     finds_others_by_slurm: bool = False
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """As torchrun or ``srun`` describes it; one rank alone where nothing does.
+    def from_environment(
+        cls, environment: Mapping[str, str] = os.environ, *, launcher: str | None = None
+    ) -> Place:
+        """As ``srun`` or torchrun describes it; one rank alone where nothing does.
 
-        A torchrun that srun has started speaks last. A batch script has no step and is no rank.
+        ``launcher`` says who is to be believed, for what else is there may be of elsewhere. Without
+        it a torchrun that srun has started speaks last, and a RANK of nobody known is believed
+        outside a Slurm step only. A batch script has no step and is no rank.
         """
 
         def number(name: str, default: int) -> int:
@@ -50,7 +54,9 @@ class Place:
         if "SLURM_JOB_ID" in environment:
             restart, step = number("SLURM_RESTART_COUNT", 0), environment.get("SLURM_STEP_ID", "")
             job = f"{environment['SLURM_JOB_ID']}.{restart}.{step}"
-        if "RANK" in environment or "SLURM_STEP_ID" not in environment:
+        has_ranks = {"RANK", "TORCHELASTIC_RUN_ID"} <= environment.keys()
+        by_slurm = "SLURM_STEP_ID" in environment and not has_ranks
+        if not (by_slurm if launcher is None else launcher == "srun"):
             world_size = number("WORLD_SIZE", 1)
             rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)
             local_world_size = number("LOCAL_WORLD_SIZE", world_size)
@@ -83,7 +89,8 @@ def join(place: Place, rendezvous: str | None, *, meeting_folder: Path | None = 
 
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
+        # One device alone is this rank's own: Slurm may hide the others from it.
+        torch.cuda.set_device(place.local_rank if torch.cuda.device_count() > 1 else 0)
         backend = "cpu:gloo,cuda:nccl"
     where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size}
     alone = place.world_size == 1 and "MASTER_ADDR" not in os.environ

@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launch.meeting import Place, excuse, join
+from launch.slurm.placement import Misplaced, check_placement
+from launch.slurm.submission import Submission
 from megatron_curr.durable import write_durably
 from megatron_curr.errors import UserError
+from megatron_curr.incarnation.surroundings import Surroundings, crowded_nodes, describe_ranks
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training.console import log_to_file, log_to_user
 from megatron_curr.training.signals import StopSignals, die_with_parent
@@ -42,18 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if options.parent is not None:
         die_with_parent(options.parent)
     signals.install()  # before the slow imports: a signal that comes meanwhile is not lost
-    run_rank(lambda place: _train(options, place, signals), failures=options.failures)
+    submission = options.submission and Submission.read(options.submission)
+    run_rank(
+        lambda place: _train(options, place, signals, submission),
+        failures=options.failures,
+        launcher=submission and submission.launcher,
+    )
 
 
-def run_rank(work: Callable[[Place], None], *, failures: Path | None) -> NoReturn:
+def run_rank(
+    work: Callable[[Place], None], *, failures: Path | None, launcher: str | None = None
+) -> NoReturn:
     """Do one rank's work and leave with its exit code; a failure is told before.
 
     torch is not imported yet: it reads its share of the cores when it is.
     """
     faulthandler.enable()
-    place = Place.from_environment()
+    place = Place.from_environment(launcher=launcher)
     log_to_user(place.rank)
-    share = max((os.cpu_count() or 1) // place.local_world_size, 1)
+    if not os.access(os.environ.get("TMPDIR", "/"), os.F_OK):  # another node's
+        del os.environ["TMPDIR"]
+    share = max(len(os.sched_getaffinity(0)) // place.local_world_size, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
     # Threads that wait spin; where other programs want the same cores that makes a step several
     # times slower (measured: 15 s instead of 5 s).
@@ -72,7 +84,9 @@ def run_rank(work: Callable[[Place], None], *, failures: Path | None) -> NoRetur
     os._exit(code)
 
 
-def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> None:
+def _train(
+    options: argparse.Namespace, place: Place, signals: StopSignals, submission: Submission | None
+) -> None:
     from megatron_curr.training.life import begin_life
     from megatron_curr.training.local_copy import local_folder
     from megatron_curr.training.preflight import prepare
@@ -82,7 +96,9 @@ def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> N
     try:
         prepared = prepare(recipe, place.world_size)
         node_local = local_folder(options.node_local) if options.node_local else None
-    except UserError as error:
+        if submission is not None and place.rank != 0:
+            check_placement(place, submission)
+    except (UserError, Misplaced) as error:
         if place.finds_others_by_slurm and place.rank != 0:
             excuse(place, meeting, error)
         raise
@@ -90,6 +106,8 @@ def _train(options: argparse.Namespace, place: Place, signals: StopSignals) -> N
     if place.rank == 0:
         life = begin_life(prepared.folder, world_size=place.world_size, node=place.node)
     with life.recording() if life else nullcontext():
+        if submission is not None and place.rank == 0:  # now that it can be recorded
+            check_placement(place, submission)
         join(place, options.rendezvous, meeting_folder=meeting)
         train_prepared(
             prepared,
@@ -209,16 +227,24 @@ def _watched(life: Life, log_path: Path, recipe: RunRecipe, signals: StopSignals
 
 
 def write_nodes(life: Life) -> None:
-    """Rank 0 writes down which ranks run where. Collective."""
+    """Rank 0 writes down which ranks run where, and what they find around them. Collective."""
     import torch.distributed as dist
 
-    nodes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(nodes, life.node)
-    if life.rank == 0:
-        by_node: dict[str, list[int]] = {}
-        for rank, node in enumerate(nodes):
-            by_node.setdefault(node, []).append(rank)
-        write_durably(life.incarnation.folder / "nodes.json", json.dumps(by_node) + "\n")
+    around = Surroundings.of_this_process()
+    log.info("%s; %s", around, ", ".join("=".join(pair) for pair in around.variables.items()))
+    found: list[tuple[str, Surroundings]] = [(life.node, around)] * dist.get_world_size()
+    dist.all_gather_object(found, (life.node, around))
+    if life.rank != 0:
+        return
+    by_node: dict[str, list[int]] = {}
+    for rank, (node, _) in enumerate(found):
+        by_node.setdefault(node, []).append(rank)
+    record = describe_ranks(found)
+    folder = life.incarnation.folder
+    write_durably(folder / "nodes.json", json.dumps(by_node) + "\n")
+    write_durably(folder / "surroundings.json", json.dumps(record, indent=1) + "\n")
+    for sentence in crowded_nodes(found):
+        log.warning("%s: steps will be slow; look for what binds them (%s)", sentence, folder)
 
 
 def _tell(error: Exception, place: Place, failures: Path | None) -> None:
@@ -243,6 +269,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--node-local", help="folder on each node's own disk, of this run alone; may name variables"
     )
+    parser.add_argument("--submission", type=Path, help="file of the Slurm submission")
     parser.add_argument("--rendezvous", help="file:// address where local ranks meet")
     parser.add_argument("--failures", type=Path, help="folder in which a failing rank says why")
     parser.add_argument("--parent", type=int, help="process whose death ends this one")

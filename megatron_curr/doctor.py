@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_curr.incarnation.surroundings import Surroundings, is_of_a_launcher, pins_threads
 from megatron_curr.recipe.schema import Recipe
 from megatron_curr.units import format_bytes
 
@@ -40,6 +41,7 @@ def diagnose(recipe: Recipe | None = None) -> Diagnosis:
     diagnosis = Diagnosis()
     diagnosis.found["machine"] = _machine()
     diagnosis.found["python"] = platform.python_version()
+    _examine_surroundings(diagnosis)
     has_cuda = _examine_torch(diagnosis)
     _examine_megatron_core(diagnosis)
     _examine_transformer_engine(diagnosis, has_cuda=has_cuda)
@@ -77,6 +79,26 @@ def _version(package: str) -> str | None:
 def _machine() -> str:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"{platform.machine()}, {os.cpu_count()} cores, {format_bytes(memory_bytes)} of memory"
+
+
+def _examine_surroundings(diagnosis: Diagnosis) -> None:
+    """What this shell would hand on: its cores and devices, and variables that change a run."""
+    around = Surroundings.of_this_process()
+    diagnosis.found["here"] = str(around)
+    told = [f"{name}={value}" for name, value in around.variables.items()]
+    diagnosis.found["variables"] = ", ".join(told) or "none that changes a run"
+    strange = [name for name in around.variables if is_of_a_launcher(name)]
+    if strange and "SLURM_STEP_ID" not in around.variables:
+        diagnosis.warnings.append(
+            f"{', '.join(strange)}: left by another launcher; train and submit take none of it"
+        )
+    if pins := [name for name in around.variables if pins_threads(name)]:
+        diagnosis.warnings.append(
+            f"{', '.join(pins)}: would bind the threads of all ranks to the same cores; train "
+            "leaves it out for several ranks, submit always"
+        )
+    if (tmp := os.environ.get("TMPDIR")) and not os.access(tmp, os.W_OK):
+        diagnosis.warnings.append(f"TMPDIR={tmp} is no folder that can be written; unset it")
 
 
 def _examine_torch(diagnosis: Diagnosis) -> bool:

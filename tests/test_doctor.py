@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,18 @@ def test_diagnosis_names_what_the_stack_stands_on() -> None:
     assert diagnosis.found["megatron-core"].startswith("0.16.")
     assert {"cuda", "transformer-engine", "apex", "dali", "psutil", "slurm"} <= set(diagnosis.found)
     assert diagnosis.warnings == []
+
+
+def test_what_the_shell_would_hand_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "OMP_PROC_BIND": "true", "TMPDIR": "/nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    diagnosis = diagnose()
+    assert f"of {os.cpu_count()})" in diagnosis.found["here"]
+    assert {"OMP_PROC_BIND=true", "RANK=0"} <= set(diagnosis.found["variables"].split(", "))
+    launcher, pins, tmp = diagnosis.warnings
+    assert launcher == "RANK: left by another launcher; train and submit take none of it"
+    assert pins.startswith("OMP_PROC_BIND: would bind the threads of all ranks")
+    assert tmp.startswith("TMPDIR=/nowhere")
 
 
 def test_unrelated_package_named_apex_is_warned_of(

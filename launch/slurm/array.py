@@ -42,16 +42,18 @@ def submit_array(
             "array.sbatch",
             profile=profile,
             name=name,
-            cpus=cpus,
+            cpus_per_task=cpus,
+            threads=cpus,
             time_limit=format_time_limit(profile.time_limit),
-            folder=folder,
+            run_folder=folder,
             code=freeze_code(folder).folder,
             container=container_words(profile.container, folder, has_gpus=False),
         )
     )
     elements = ",".join(map(str, missing))
     dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return client.submit(script, f"--array={elements}%{at_once}", *dependency)
+    options = [f"--array={elements}%{at_once}", *dependency]
+    return client.submit(script, *options, inherit=profile.inherit)
 
 
 def fresh_log_folder(output: Path) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.slurm.environment import for_commands, for_job
 from megatron_curr.errors import UserError
 
 _ANSWER_WITHIN_S = 60.0
@@ -30,7 +32,7 @@ class Job:
     end_time: str
 
 
-def ask(*command: str) -> str:
+def ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """What a command prints. Raises ``SlurmError`` with its own words."""
     if shutil.which(command[0]) is None:
         raise SlurmError(
@@ -39,7 +41,12 @@ def ask(*command: str) -> str:
         )
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ANSWER_WITHIN_S, check=False
+            command,
+            env=for_commands(os.environ) if environment is None else environment,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_WITHIN_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(
@@ -51,9 +58,11 @@ def ask(*command: str) -> str:
     return done.stdout
 
 
-def submit(script: Path, *options: str) -> str:
-    """Submit a script; the job's id."""
-    return ask("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
+def submit(script: Path, *options: str, inherit: Sequence[str]) -> str:
+    """Submit a script; the job's id. Of this environment the job gets little, and ``inherit``."""
+    # sbatch hands on all that it has; a site's SBATCH_EXPORT or a script's --export is not asked.
+    command = ("sbatch", "--parsable", "--export=ALL", *options, str(script))
+    return ask(*command, environment=for_job(os.environ, inherit)).strip().partition(";")[0]
 
 
 def jobs_named(name: str) -> list[Job]:

@@ -1,6 +1,9 @@
 """What the batch script asks before each start of the ranks: ``python -m launch.slurm.job FILE``.
 
-Prints shell assignments and ends with 0 when the ranks shall start, with 3 when this job is over.
+Prints shell assignments and ends with 0 when the ranks shall start. Else the job is over with the
+exit code of this program: ``OVER_WELL`` stands for 0, the run is finished or the next job of the
+chain goes on; 1 it failed; 2 its input is wrong; 3 it was asked to end, saved, and nobody goes on.
+
 Everything a chain does is done here: the verdict on the start before, the successor, nodes left
 out, the way back to an older checkpoint. Needs Python's standard library only: it runs on the batch
 node, outside any container.
@@ -19,14 +22,13 @@ from pathlib import Path
 
 from launch.slurm import client
 from launch.slurm.exclude import nodes_to_exclude
-from launch.slurm.policy import Decision, Rules, decide
+from launch.slurm.policy import FAILED, UNFINISHED, WELL, WRONG_INPUT, Decision, Rules, decide
 from launch.slurm.submission import Submission, events, tell
 from megatron_curr.incarnation.conclude import conclude
 from megatron_curr.incarnation.record import Record, incarnations
 from megatron_curr.training.checkpoint_folder import go_back
 
-OVER = 3
-_WRONG_INPUT = 2
+OVER_WELL = 100
 _PAUSE_S = 5.0
 _FIRST_PORT, _NUM_PORTS = 15_000, 15_000  # below the ports that Linux gives to connections
 
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = Here.from_environment(Path(file))
     if here.attempt and not _is_ours(here):  # before anything else: a successor may be at work
         here.say("stale", why="Slurm has ended this job; another may hold the run by now")
-        return OVER
+        return FAILED
     records = _concluded(here)
     ours = [record for record in records if record.chain == here.submission.chain]
     decision = _unclaimed(here, len(records)) or decide(ours, here.rules)
@@ -88,16 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         here.say("stop", why=decision.why)
         if here.submission.by == "singleton":
             client.cancel_waiting(here.submission.name)
-        return OVER
+        return OVER_WELL if decision.exit_code == WELL else decision.exit_code
     excluded = _excluded(here, records)
-    _care_for_successor(here, excluded)
+    has_successor = _care_for_successor(here, excluded)
     nodes, refusal = _choose_nodes(here, ours, excluded)
     if refusal:
         here.say("leave", why=refusal)
-        lives, most = here.restart + 1, here.submission.max_jobs
-        if here.submission.by == "requeue" and (most is None or lives < most):
-            client.requeue(here.job_id)
-        return OVER
+        if has_successor:
+            if here.submission.by == "requeue":
+                client.requeue(here.job_id)
+            return OVER_WELL
+        return UNFINISHED if ours and ours[-1].cause.startswith("signal") else FAILED
     here.say("start", nodes=",".join(nodes), incarnations=len(records), why=decision.why)
     print(_assignments(here, nodes))
     return 0
@@ -126,8 +129,9 @@ def _unclaimed(here: Here, num_records: int) -> Decision | None:
     if not starts:
         return None
     log = here.run_folder / "logs" / f"slurm-{here.job_id}.out"
-    if here.exit_code == _WRONG_INPUT:
-        return Decision(False, f"the ranks refused their input; see {log}")
+    if here.exit_code == WRONG_INPUT:
+        why = f"the ranks refused their input; see {log}"
+        return Decision(False, why, exit_code=WRONG_INPUT)
     if len(starts) >= here.rules.max_fruitless:
         return Decision(
             False, f"the ranks ended {len(starts)} times before the first could begin; see {log}"
@@ -153,23 +157,29 @@ def _excluded(here: Here, records: Sequence[Record]) -> list[str]:
     return nodes_to_exclude(here.submission, records)
 
 
-def _care_for_successor(here: Here, excluded: list[str]) -> None:
-    """A singleton chain always has its next job in the queue, before anything can go wrong."""
+def _care_for_successor(here: Here, excluded: list[str]) -> bool:
+    """Whether another job goes on after this one, or this one again.
+
+    A singleton chain always has it in the queue, before anything can go wrong.
+    """
     submission = here.submission
+    if submission.by == "requeue":
+        return submission.max_jobs is None or here.restart + 1 < submission.max_jobs
     if submission.by != "singleton":
-        return
+        return False
     waiting = [job for job in client.jobs_named(submission.name) if job.state == "PENDING"]
     if waiting:
         if excluded:
             client.exclude_nodes(waiting[0].job_id, excluded)
             here.say("exclude", nodes=",".join(excluded), of=waiting[0].job_id)
-        return
+        return True
     jobs = [e for e in events(here.run_folder, submission=submission.number) if e["what"] == "job"]
     if submission.max_jobs is not None and len(jobs) >= submission.max_jobs:
-        return
-    options = [f"--exclude={','.join(excluded)}"] if excluded else []
-    job_id = client.submit(submission.script, "--dependency=singleton", *options)
+        return False
+    options = ["--dependency=singleton", *([f"--exclude={','.join(excluded)}"] if excluded else [])]
+    job_id = client.submit(submission.script, *options, inherit=submission.inherit)
     here.say("job", id=job_id, excluded=",".join(excluded))
+    return True
 
 
 def _choose_nodes(
@@ -248,5 +258,5 @@ if __name__ == "__main__":
         code = main()
     except client.SlurmError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = OVER
+        code = FAILED
     sys.exit(code)

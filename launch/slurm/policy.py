@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from megatron_curr.incarnation.record import Record
 
+# Exit codes of a job, for its state and for what depends on it.
+WELL, FAILED, WRONG_INPUT, UNFINISHED = 0, 1, 2, 3
 # Ends that say nothing about the step at which they happened.
 _NOT_OF_A_STEP = ("signal", "preflight", "no-meeting", "fenced")
+_STOPS = {"wrong-input": WRONG_INPUT, "stop-at": UNFINISHED, "interrupted": UNFINISHED}
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,15 @@ class Rules:
 
 @dataclass(frozen=True)
 class Decision:
-    """``why`` is for a person; ``goes_back`` asks for an older checkpoint first."""
+    """``why`` is for a person; ``goes_back`` asks for an older checkpoint first.
+
+    ``exit_code`` is the job's where the chain ends.
+    """
 
     goes_on: bool
     why: str
     goes_back: bool = False
+    exit_code: int = FAILED
 
 
 def decide(records: Sequence[Record], rules: Rules) -> Decision:
@@ -34,9 +41,10 @@ def decide(records: Sequence[Record], rules: Rules) -> Decision:
         return Decision(True, "first start")
     last = records[-1]
     if last.verdict == "finished":
-        return Decision(False, f"finished at token {last.consumed_tokens:,}")
+        return Decision(False, f"finished at token {last.consumed_tokens:,}", exit_code=WELL)
     if last.verdict == "stop":
-        return Decision(False, f"incarnation {last.incarnation} said stop: {last.detail}")
+        why = f"incarnation {last.incarnation} said stop: {last.detail}"
+        return Decision(False, why, exit_code=_STOPS.get(last.cause, FAILED))
     same = _repeats(records)
     if len(same) > 1:
         story = f"step {last.step} ended {len(same)} times with {last.cause}"

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from megatron_curr.errors import RecipeError
+from megatron_curr.incarnation.surroundings import is_of_a_launcher
 from megatron_curr.recipe.load import load_section
 from megatron_curr.recipe.problems import Problem, refusal
 from megatron_curr.recipe.section import NAME_PATTERN, Section
@@ -56,6 +57,26 @@ def absolute_on_a_node(value: str) -> str:
     return value.rstrip("/")
 
 
+def without_ranks(environment: dict[str, str]) -> dict[str, str]:
+    """Variables that no launcher sets for its ranks; ``ValueError`` else."""
+    if strange := [name for name in environment if is_of_a_launcher(name)]:
+        raise ValueError(
+            f"{', '.join(strange)}: set for every rank by what launches it; take that out"
+        )
+    return environment
+
+
+def without_export(options: list[str]) -> list[str]:
+    """Options for sbatch that name no variables: ``submit`` decides what a job is given."""
+    for option in options:
+        match = re.match(r"--export[ =](.*)", option)
+        if match and match[1].strip().upper() not in ("ALL", "NONE", "NIL"):
+            raise ValueError(
+                f"{option!r} names variables; list them in inherit, and values in environment"
+            )
+    return options
+
+
 class Container(Section):
     """In what the ranks run. The run folder is mounted without being asked for."""
 
@@ -95,7 +116,9 @@ class Profile(Section):
         300, gt=0, description="Ranks are asked to save and end this long before the time limit"
     )
     signal_slack_s: int = Field(60, ge=0, description="How much earlier Slurm may ask them")
-    options: list[OneLine] = Field([], description="Further lines for sbatch: --reservation=x")
+    options: Annotated[list[OneLine], AfterValidator(without_export)] = Field(
+        [], description="Further lines for sbatch: --reservation=x"
+    )
     launcher: Literal["srun", "torchrun"] = Field(
         "srun", description="One task a rank, or one torchrun a node"
     )
@@ -110,8 +133,14 @@ class Profile(Section):
     host_python: OneLine | None = Field(
         None, description="3.11 or later, on the batch node. Default: as python"
     )
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], OneLine] = Field(
-        {}, description="For the ranks: NCCL and the fabric"
+    environment: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], OneLine],
+        AfterValidator(without_ranks),
+    ] = Field({}, description="For the ranks: NCCL and the fabric")
+    inherit: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]] = Field(
+        [],
+        description="Variables that jobs take from the shell where submit is typed, such as "
+        "WANDB_API_KEY or SITE_*; PATH and the names of the user they always take",
     )
     shared_folders: list[OneLine] = Field(
         [], description="Where every node sees the same files; a run folder must lie in one"

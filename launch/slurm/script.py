@@ -6,34 +6,43 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from launch.slurm.job import OVER_WELL
 from launch.slurm.profile import Container, Profile, format_time_limit
 from launch.slurm.submission import Submission
+from megatron_curr.incarnation.surroundings import OF_A_LAUNCHER
 
 _PACKAGE = Path(__file__).parent
 
 
 def render(template: str, **values: Any) -> str:
     """``slurm/TEMPLATE`` of the source tree, filled in; a wheel has it as data beside this file."""
-    in_tree = _PACKAGE.parents[1] / "slurm" / template
-    file = in_tree if in_tree.is_file() else _PACKAGE / "templates" / template
     environment = Environment(
-        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+        loader=FileSystemLoader([_PACKAGE.parents[1] / "slurm", _PACKAGE / "templates"]),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
-    return environment.from_string(file.read_text(encoding="utf-8")).render(**values)
+    # Slurm's own are set anew by srun, and say in a batch script where that runs.
+    foreign = [name for name in OF_A_LAUNCHER if not name.startswith("SLURM_")]
+    return environment.get_template(template).render(foreign=foreign, **values)
 
 
 def render_script(submission: Submission, profile: Profile) -> str:
     """The text that sbatch is given for a run."""
     run_folder, has_gpus = Path(submission.run_folder), profile.gpus != "none"
+    by_rank, cpus = profile.launcher == "srun", profile.cpus_per_rank
     return render(
         "train.sbatch",
         profile=profile,
         name=submission.name,
         by=submission.by,
-        by_rank=profile.launcher == "srun",
+        by_rank=by_rank,
+        cpus_per_task=cpus and cpus * (1 if by_rank else profile.ranks_per_node),
+        threads=cpus,
+        over_well=OVER_WELL,
         num_nodes=submission.num_nodes,
         time_limit=format_time_limit(profile.time_limit),
         run_folder=run_folder,
@@ -46,9 +55,10 @@ def render_script(submission: Submission, profile: Profile) -> str:
 
 def _arguments(submission: Submission, profile: Profile) -> str:
     """What the ranks' program is told besides its recipe; variables are the node's, not ours."""
-    if profile.node_local is None:
-        return ""
-    return " " + shlex.join(["--node-local", f"{profile.node_local}/{submission.name}"])
+    words = ["--submission", str(submission.file)]
+    if profile.node_local is not None:
+        words += ["--node-local", f"{profile.node_local}/{submission.name}"]
+    return " " + shlex.join(words)
 
 
 def container_words(container: Container | None, folder: Path, *, has_gpus: bool) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Submission:
     is_changed: bool  # the code differs from that revision: code.diff has how
     code: str  # the frozen package
     submitted_at_s: float
+    cpus_per_rank: int | None = None
+    has_gpus: bool = False
+    inherit: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # telling variables where submit was typed
 
     @property
     def folder(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from launch.slurm.checks import (
     check_slice,
     pace_of,
 )
+from launch.slurm.environment import left_out
 from launch.slurm.exclude import nodes_to_exclude
 from launch.slurm.freeze import freeze_code
 from launch.slurm.profile import LoadedProfile, load_profile
@@ -60,8 +62,15 @@ class Submitted:
             f"{submission.ranks_per_node} ranks in {submission.partition}\n"
             f"  watch it   megatron-curr status {folder} --watch\n"
             f"  its output {folder}/logs/slurm-{self.job_id}.out\n"
-            f"  end it     scancel --name={submission.name}"
+            f"  end it     scancel --name={submission.name}" + self._left_out()
         )
+
+    def _left_out(self) -> str:
+        names = self.submission.left_out
+        if not names:
+            return ""
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"\n  left here  {shown}: the job takes none of them (inherit of the profile)"
 
     def as_json(self) -> str:
         """For scripts."""
@@ -104,7 +113,8 @@ def submit_run(
         write_durably(submission.folder / "plan.json", json.dumps(plan.json(), indent=1) + "\n")
     records = [record for i in incarnations(recipe.folder) if (record := i.record)]
     excluded = ",".join(nodes_to_exclude(submission, records))
-    job_id = client.submit(submission.script, *([f"--exclude={excluded}"] if excluded else []))
+    options = [f"--exclude={excluded}"] if excluded else []
+    job_id = client.submit(submission.script, *options, inherit=submission.inherit)
     tell(submission, "job", id=job_id, excluded=excluded)
     return Submitted(submission=submission, script=script, job_id=job_id)
 
@@ -139,6 +149,10 @@ def _make_submission(
         is_changed=False,
         code=str(recipe.folder / "slurm" / "code" / "frozen"),
         submitted_at_s=time.time(),
+        cpus_per_rank=profile.cpus_per_rank,
+        has_gpus=profile.gpus != "none",
+        inherit=profile.inherit,
+        left_out=left_out(os.environ, profile.inherit),
     )
 
 

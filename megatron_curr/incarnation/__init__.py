@@ -7,6 +7,7 @@ node and the report read and write the same files with the same code::
         claim.json     rank 0, once, before anything else: who this is (``Claim``)
         pen/           stands as long as this incarnation may write (``fence``)
         nodes.json     rank 0, once, when all ranks have met: {node: [ranks]}
+        surroundings.json  rank 0, once, likewise: cores, devices and variables of every rank
         beat.json      rank 0, every few seconds: how far it is, where time went (``Beat``)
         ended.7.json   rank 7's own word about its end, written before it goes (``Ending``)
         record.json    once, by whoever comes first: the verdict (``Record``)

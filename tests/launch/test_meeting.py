@@ -24,7 +24,8 @@ SLURM = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
     "SLURMD_NODENAME": "node2",
 }
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+RANKS = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN = {**RANKS, "TORCHELASTIC_RUN_ID": "x"}
 
 
 def test_a_place_from_srun_from_torchrun_and_from_nobody() -> None:
@@ -35,6 +36,10 @@ def test_a_place_from_srun_from_torchrun_and_from_nobody() -> None:
     both = Place.from_environment({**SLURM, **TORCHRUN})  # torchrun that srun has started
     assert (both.rank, both.world_size, both.local_rank, both.local_world_size) == (3, 4, 1, 2)
     assert not both.finds_others_by_slurm and both.node == "node2"
+    stray = Place.from_environment({**SLURM, **RANKS})  # of the shell where submit was typed
+    assert stray == place and stray.finds_others_by_slurm
+    assert Place.from_environment({**SLURM, **TORCHRUN}, launcher="srun") == place
+    assert Place.from_environment({**SLURM, **RANKS}, launcher="torchrun") == both
     batch_script = {key: value for key, value in SLURM.items() if "STEP" not in key}
     alone = Place.from_environment(batch_script)
     assert (alone.rank, alone.world_size, alone.finds_others_by_slurm) == (0, 1, False)

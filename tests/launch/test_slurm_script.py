@@ -141,7 +141,7 @@ def test_a_nodes_own_disk_is_named_to_the_ranks_who_fill_in_the_variables(
     launcher: str, tmp_path: Path
 ) -> None:
     script = script_of(load(tmp_path, launcher=launcher, node_local="$TMPDIR/x/"))
-    told = "launch.worker \"$MEGATRON_CURR_RECIPE\" --node-local '$TMPDIR/x/demo-1234'\n"
+    told = "/0001/submission.json --node-local '$TMPDIR/x/demo-1234'\n"
     assert told in script
     assert "--node-local" not in script_of(load(tmp_path, launcher=launcher))
 
@@ -166,6 +166,9 @@ def test_containers_mount_the_run_folder(tmp_path: Path) -> None:
         ({"launcher": "mpirun"}, ":6: launcher: found 'mpirun'; must be 'srun' or 'torchrun'"),
         ({"container": {"engine": "pyxis"}}, "container.image: missing; give it: A squashfs"),
         ({"setup": ["a\nb"]}, "setup.0: found 'a\\nb'"),
+        ({"environment": {"RANK": "0"}}, ":6: environment: RANK: set for every rank by"),
+        ({"options": ["--export=ALL,A"]}, ":6: options: '--export=ALL,A' names variables; list"),
+        ({"inherit": ["A B"]}, ":7: inherit.0: found 'A B'"),
         ({"node_local": "scratch"}, ":6: node_local: 'scratch' is no absolute path; begin it with"),
     ],
 )

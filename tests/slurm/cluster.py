@@ -26,6 +26,29 @@ IS_HERE = (
     and os.geteuid() == 0
 )
 _PATIENCE_S = 240.0
+# Of the shell in which everything is typed: what others left there, and a site's own wishes. None
+# of it may reach a job or change what Slurm's commands print.
+_SHELL = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "TORCHELASTIC_RUN_ID": "elsewhere",
+    "MASTER_ADDR": "nowhere.invalid",
+    "GLOO_SOCKET_IFNAME": "ib7",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_PROC_BIND": "true",
+    "BASH_ENV": "/dev/null/missing",
+    "LC_ALL": "xx_XX",
+    "PYTHONPATH": f"/nowhere:{ROOT}",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_TIMELIMIT": "1",
+    "SRUN_CPUS_PER_TASK": "64",
+    "SLURM_NTASKS": "64",
+    "SLURM_HINT": "nomultithread",
+    "SLURM_TIME_FORMAT": "relative",
+    "SQUEUE_FORMAT": "%i",
+    "SINFO_FORMAT": "%N",
+}
 _PROFILE = {
     "name": "testcluster",
     "partition": "batch",
@@ -65,7 +88,8 @@ class Cluster:
 
     def command(self, *words: object) -> str:
         """``megatron-curr`` as a user types it on the login node."""
-        return self("exec", sys.executable, "-m", "megatron_curr", *words)
+        shell = ("env", *(f"{name}={value}" for name, value in _SHELL.items()))
+        return self("exec", *shell, sys.executable, "-m", "megatron_curr", *words)
 
     def state_of(self, job_id: str) -> str:
         """A job's state, as ``scontrol`` says it."""
