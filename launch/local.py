@@ -7,7 +7,7 @@ down, and its story is told first. Stop signals are passed on.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import socket
@@ -15,20 +15,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from launch.failure import RankEnd, Story, describe, first_failure
 from megatron_curr.incarnation.conclude import conclude
-from megatron_curr.incarnation.record import incarnations
+from megatron_curr.incarnation.record import Ending, Incarnation, Record, incarnations
 from megatron_curr.incarnation.surroundings import is_of_a_launcher, pins_threads
 from megatron_curr.recipe.load import dump_recipe, load_recipe
 from megatron_curr.training.preflight import prepare
-from megatron_curr.training.signals import STOP_SIGNALS
+from megatron_curr.training.run_folder import RunFolder
+from megatron_curr.training.signals import STOP_SIGNALS, is_left_to_us
 
 _POLL_S = 0.05
 _GRACE_S = 1.0  # for ranks that fail because another did, to leave their story too
-_INTERRUPTED = 130
+_SIGNALLED = 128  # exit codes of what a signal ended, as shells have them: this plus its number
 
 
 def launch_training(
@@ -38,9 +41,11 @@ def launch_training(
     *,
     stop_at_tokens: int | None = None,
 ) -> int:
-    """Train on ``ranks`` processes; the exit code: 0 complete or stopped, 1 failed, 2 input.
+    """Train on ``ranks`` processes; the exit code.
 
-    Raises ``UserError`` for what is wrong before any rank starts; nothing is written then.
+    0 complete or at ``stop_at_tokens``, 1 failed, 2 input; 128 and the signal's number where one
+    asked for the end: what follows on a command line does not take the run for complete. Raises
+    ``UserError`` for what is wrong before any rank starts; nothing is written then.
     """
     recipe = load_recipe(recipe_path, overrides)
     folder = prepare(recipe, ranks).folder
@@ -53,13 +58,99 @@ def launch_training(
         arguments += ["--failures", str(meeting), "--parent", str(os.getpid())]
         if stop_at_tokens is not None:
             arguments += ["--stop-at", str(stop_at_tokens)]
-        crew = Crew(arguments, ranks, meeting)
-        with crew:
-            code = crew.wait()
+        with Crew(arguments, ranks, meeting) as crew:
+            outcome = crew.wait()
+    return _conclude(folder, crew, outcome)
+
+
+def _conclude(folder: RunFolder, crew: Crew, outcome: Outcome) -> int:
+    """See to the record of what the ranks were, tell the user of a failure; the exit code."""
     newest = incarnations(folder.path)[-1:]
-    if any(incarnation.claim and incarnation.claim.pid in crew.pids for incarnation in newest):
-        conclude(folder.path)
-    return code
+    ours = [i for i in newest if i.claim is not None and i.claim.pid in crew.pids]
+    if not ours:
+        if outcome.text is not None:
+            print_error(outcome.text)
+        return outcome.code
+    (incarnation,) = ours
+    spoke = {ending.rank for ending in incarnation.endings}
+    for end in outcome.ends:
+        if end.story is None and end.rank not in spoke:
+            _leave_word_for(end, folder, incarnation)
+    record = conclude(folder.path)
+    assert record is not None, "there is a claim"
+    cause, _, name = record.cause.partition(":")
+    if not outcome.code and cause in ("complete", "stop-at"):
+        return 0
+    if not outcome.code and cause in ("interrupted", "signal"):
+        return _SIGNALLED + getattr(signal, name or "SIGINT", signal.SIGTERM)
+    first = outcome.first
+    is_told = first is not None and (
+        not first.story.is_echo if first.story else first.rank not in spoke
+    )
+    failure = outcome.text if is_told else record.detail  # of a hang, only the record tells
+    if not outcome.was_broken_off:
+        print_error("\n".join([str(failure), *_what_is_left(folder, record, crew.num_ranks)]))
+    return outcome.code or 1
+
+
+def _leave_word_for(end: RankEnd, folder: RunFolder, incarnation: Incarnation) -> None:
+    """For a rank that died without a word: only its exit code, which we have, tells of what."""
+    claim, beat = incarnation.claim, incarnation.beat
+    assert claim is not None
+    when = "while training" if beat is not None else "before the first step"
+    ending = Ending(
+        rank=end.rank,
+        node=claim.host,
+        at_s=end.at_s,
+        cause="lost-rank",
+        detail=f"rank {end.rank} on {claim.host} {end.how}, {when}",
+        step=beat.step if beat is not None else None,
+    )
+    with contextlib.suppress(OSError):
+        incarnation.leave_word(ending)
+        with folder.rank_log(incarnation.number, end.rank).open("a") as log:
+            log.write(f"\nrank {end.rank} {end.how}\n{end.output}\n")
+
+
+def _what_is_left(folder: RunFolder, record: Record | None, num_ranks: int) -> list[str]:
+    """What a start that failed leaves: what is saved, how to go on, where to read more."""
+    if record is None or not record.may_continue:
+        return []
+    state = folder.newest_state()
+    saved = "saved: nothing yet; the run begins again at token 0"
+    if state is not None:
+        lost = max(record.consumed_tokens - state.consumed_tokens, 0)
+        saved = f"saved: the checkpoint of step {state.step}, token {state.consumed_tokens:,}" + (
+            f"; the {lost:,} tokens after it will be trained again" if lost else ""
+        )
+    return [
+        saved,
+        f"to go on: {folder.resume_command(num_ranks)}",
+        f"logs of all ranks: {folder.rank_log(record.incarnation, 0).parent}",
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a crew ended. ``ends`` are the ranks that ended before we stepped in, if one failed."""
+
+    code: int
+    ends: tuple[RankEnd, ...] = ()
+
+    @property
+    def first(self) -> RankEnd | None:
+        """The rank at fault."""
+        return first_failure(self.ends) if self.ends else None
+
+    @property
+    def text(self) -> str | None:
+        """The failure for the user."""
+        return describe(self.first, self.ends) if self.first is not None else None
+
+    @property
+    def was_broken_off(self) -> bool:
+        """Whether the user did not wait for the end."""
+        return self.code == _SIGNALLED + signal.SIGINT
 
 
 class Crew:
@@ -76,9 +167,15 @@ class Crew:
         self._meeting = meeting
         self._module = module
         self._num_interrupts = 0
+        self._ended_s: dict[int, float] = {}  # by rank; Unix time
         self._processes = [self._start(arguments, rank, ranks) for rank in range(ranks)]
+        self.num_ranks = ranks
         self.pids = {process.pid for process in self._processes}
-        self._handlers = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, self._pass_on)
+            for number in STOP_SIGNALS
+            if is_left_to_us(number)
+        }
 
     def _start(self, arguments: Sequence[str], rank: int, ranks: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", self._module, *arguments]
@@ -94,38 +191,51 @@ class Crew:
                 start_new_session=True,  # Ctrl-C reaches the ranks once, through us
             )
 
-    def wait(self) -> int:
-        """Wait for the ranks; at the first failure end the others and tell the user."""
+    def wait(self) -> Outcome:
+        """Wait for the ranks; at the first failure give the others a moment to tell theirs."""
         while True:
-            codes = [process.poll() for process in self._processes]
+            codes = self._poll()
             if self._num_interrupts > 1:
-                return _INTERRUPTED
+                return Outcome(_SIGNALLED + signal.SIGINT)
             if all(code == 0 for code in codes):
-                return 0
+                return Outcome(0)
             if any(codes):
                 break
             time.sleep(_POLL_S)
-        self._wait_for_stories()
-        failed = {rank: code for rank, code in enumerate(codes) if code}
-        stories = [json.loads(path.read_text()) for path in self._meeting.glob("*.json")]
-        if not stories:
-            rank, code = next(iter(failed.items()))
-            _print_error(f"rank {rank} {_ending(code)}{self._last_output(rank)}")
-            return 1
-        first = min(stories, key=lambda story: (not story["is_expected"], story["time_s"]))
-        heading = "" if first["is_expected"] else f"rank {first['rank']} failed:\n"
-        _print_error(f"{heading}{first['story']}")
-        return 2 if 2 in failed.values() else 1
-
-    def _wait_for_stories(self) -> None:
         deadline_s = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline_s and any(p.poll() is None for p in self._processes):
+        while time.monotonic() < deadline_s and None in self._poll():
             time.sleep(_POLL_S)
+        codes = self._poll()
+        ends = tuple(
+            RankEnd(
+                rank=rank,
+                code=code,
+                at_s=self._ended_s[rank],
+                story=Story.read(self._meeting, rank),
+                output=self._last_output(rank),
+            )
+            for rank, code in enumerate(codes)
+            if code is not None
+        )
+        if self._num_interrupts and not any(end.story for end in ends):
+            return Outcome(_SIGNALLED + signal.SIGINT)
+        return Outcome(2 if 2 in codes else 1, ends)
+
+    def _poll(self) -> list[int | None]:
+        codes = [process.poll() for process in self._processes]
+        for rank, code in enumerate(codes):
+            if code is not None:
+                self._ended_s.setdefault(rank, time.time() - _POLL_S)
+        return codes
 
     def _last_output(self, rank: int) -> str:
-        path = self._meeting / f"{rank}.out"
-        text = path.read_text(errors="replace").strip() if path.exists() else ""
-        return f":\n{text}" if text else ""
+        """What a crash left, and what the rank printed before it had a log."""
+        texts = [
+            path.read_text(errors="replace")
+            for path in (self._meeting / f"{rank}.out", self._meeting / f"{rank}.crash")
+            if path.exists()
+        ]
+        return "".join(texts).strip()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += number == signal.SIGINT
@@ -163,13 +273,7 @@ def environment_of_rank(here: Mapping[str, str], rank: int, ranks: int) -> dict[
     return {**kept, **{name: str(number) for name, number in place.items()}}
 
 
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    return f"was killed by {signal.Signals(-code).name}" + (
-        " (out of memory?)" if code == -signal.SIGKILL else ""
-    )
-
-
-def _print_error(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+def print_error(text: str) -> None:
+    """Tell the user; a terminal that was closed hears nothing."""
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr, flush=True)

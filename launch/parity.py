@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from launch.local import Crew
+from launch.local import Crew, print_error
 from launch.meeting import Place, join
 from launch.worker import run_rank
 from megatron_curr.errors import RecipeError
@@ -120,7 +120,10 @@ def _run_jobs(
         if number == 0:
             arguments.append("--is-reference")
         with Crew(arguments, job[0].num_ranks, folder, module="launch.parity") as crew:
-            code = crew.wait()
+            outcome = crew.wait()
+        code = outcome.code
+        if outcome.text is not None:
+            print_error(outcome.text)
         if code:
             break
     written = {path.name: path for path in meeting.glob("verdict_*.json")}

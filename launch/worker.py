@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from launch.failure import Story
 from launch.meeting import Place, excuse, join
 from launch.slurm.placement import Misplaced, check_placement
 from launch.slurm.submission import Submission
@@ -60,8 +61,10 @@ def run_rank(
 
     torch is not imported yet: it reads its share of the cores when it is.
     """
-    faulthandler.enable()
     place = Place.from_environment(launcher=launcher)
+    # The launcher tells of a crash; without one it goes where all output goes.
+    crash = (failures / f"{place.rank}.crash").open("w") if failures else sys.stderr
+    faulthandler.enable(file=crash)
     log_to_user(place.rank)
     if not os.access(os.environ.get("TMPDIR", "/"), os.F_OK):  # another node's
         del os.environ["TMPDIR"]
@@ -74,7 +77,9 @@ def run_rank(
     code = 0
     try:
         work(place)
-    except Exception as error:
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:  # who calls sys.exit has failed as well
         code = 2 if isinstance(error, UserError) else 1
         _tell(error, place, failures)
     logging.shutdown()
@@ -247,18 +252,23 @@ def write_nodes(life: Life) -> None:
         log.warning("%s: steps will be slow; look for what binds them (%s)", sentence, folder)
 
 
-def _tell(error: Exception, place: Place, failures: Path | None) -> None:
+def _tell(error: BaseException, place: Place, failures: Path | None) -> None:
     """Say what ended this rank: to the launcher, which prints the first failure, or to the user."""
+    from megatron_curr.training.life import lost_contact
+
     is_expected = isinstance(error, UserError) or getattr(error, "is_plain", False)
-    story = str(error) if is_expected else "".join(traceback.format_exception(error))
+    text = str(error) if is_expected else "".join(traceback.format_exception(error))
     log.debug("%s ended", place, exc_info=error)
     if failures is None:
-        print(f"error: {story}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return
-    record = {"time_s": time.monotonic(), "rank": place.rank, "story": story}
-    partial = failures / f".{place.rank}.partial"
-    partial.write_text(json.dumps({**record, "is_expected": is_expected}), encoding="utf-8")
-    partial.replace(failures / f"{place.rank}.json")
+    Story(
+        rank=place.rank,
+        at_s=time.time(),
+        text=text,
+        is_expected=is_expected,
+        is_echo=lost_contact(error),
+    ).write(failures)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -22,7 +22,6 @@ from megatron_curr.incarnation.record import (
 )
 
 _TAIL_BYTES = 1 << 18
-_BLAMES_SILENT_NODES = ("lost-rank", "hang")
 
 
 def conclude(run_folder: Path, incarnation: Incarnation | None = None) -> Record | None:
@@ -115,7 +114,7 @@ def find_blame(endings: list[Ending], ranks_by_node: dict[str, list[int]], *, be
     verdict = CAUSES[kind][0] if kind in CAUSES else "continue"
     bad_nodes = tuple(sorted({node for ending in own for node in ending.bad_nodes}))
     detail, suspects = first.detail, tuple(sorted({ending.rank for ending in own}))
-    if kind in _BLAMES_SILENT_NODES:
+    if kind == "hang" or (kind == "lost-rank" and not own):
         spoke = {ending.rank for ending in endings}
         silent = sorted({r for ranks in ranks_by_node.values() for r in ranks} - spoke)
         dumb = [node for node, ranks in ranks_by_node.items() if not set(ranks) & spoke]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from megatron_curr.durable import write_durably
+
 Verdict = Literal["finished", "continue", "continue_elsewhere", "stop"]
 
 CAUSES: dict[str, tuple[Verdict, str]] = {
@@ -187,6 +189,10 @@ class Incarnation:
         """What ranks said about their end, the earliest first."""
         found = (Ending.read(path) for path in self.folder.glob("ended.*.json"))
         return sorted((ending for ending in found if ending), key=lambda ending: ending.at_s)
+
+    def leave_word(self, ending: Ending) -> None:
+        """Write down how a rank ended; its last word stands. Raises ``OSError``."""
+        write_durably(self.folder / f"ended.{ending.rank}.json", ending.to_json())
 
     @property
     def ranks_by_node(self) -> dict[str, list[int]]:

@@ -268,12 +268,11 @@ def say_how_it_ended(run: Run) -> None:
         )
         return
     log.info(
-        "stopped by %s at token %d of %d, saved; to go on: megatron-curr train %s --ranks %d",
+        "stopped by %s at token %d of %d, saved; to go on: %s",
         run.stop_reason,
         run.consumed_tokens,
         run.schedule.total_tokens,
-        run.folder.recipe,
-        run.groups.world_size,
+        run.folder.resume_command(run.groups.world_size),
     )
 
 

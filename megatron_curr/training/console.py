@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -32,9 +33,15 @@ class Narrator:
         self._bar = _progress_bar() if speaks and _TERMINAL.is_terminal else None
 
     def step(
-        self, *, step: int, consumed_tokens: int, phase: str, loss: float, tokens_per_s: float
+        self,
+        *,
+        step: int,
+        consumed_tokens: int,
+        phase: str,
+        loss: float | None,
+        tokens_per_s: float,
     ) -> None:
-        """One step is over; ``consumed_tokens`` is the clock after it."""
+        """One step is over; ``consumed_tokens`` is the clock after it, ``loss`` None of nothing."""
         if not self._speaks:
             return
         now_s = time.monotonic()
@@ -42,15 +49,17 @@ class Narrator:
             self._began_s, self._began_tokens = now_s, consumed_tokens
             if self._bar is not None:
                 self._bar.add_task("", total=self.total_tokens)
-                self._bar.start()
+                with contextlib.suppress(OSError):  # the terminal was closed
+                    self._bar.start()
         text = (
             f"{phase}  {format_count(consumed_tokens)} of {format_count(self.total_tokens)} tokens"
-            f"  loss {loss:.4f}  {format_count(round(tokens_per_s))} tokens/s"
+            f"  loss {spell_loss(loss)}  {format_count(round(tokens_per_s))} tokens/s"
             f"{self._time_left(now_s - self._began_s, consumed_tokens)}"
         )
         if self._bar is not None:
             (task,) = self._bar.task_ids
-            self._bar.update(task, completed=consumed_tokens, description=text)
+            with contextlib.suppress(OSError):
+                self._bar.update(task, completed=consumed_tokens, description=text)
         is_news = phase != self._phase or consumed_tokens >= self.total_tokens
         if is_news or now_s - self._line_s >= LINE_EVERY_S:
             self._phase, self._line_s = phase, now_s
@@ -63,7 +72,13 @@ class Narrator:
     def close(self) -> None:
         """Take the bar down."""
         if self._bar is not None and self._began_s is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
+
+
+def spell_loss(loss: float | None) -> str:
+    """A loss as a person reads it; None is that of nothing."""
+    return "none (nothing counts)" if loss is None else f"{loss:.4f}"
 
 
 def log_to_user(rank: int) -> None:
@@ -98,11 +113,11 @@ class _UserHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_progress = getattr(record, "is_progress", False)
-        if _TERMINAL.is_terminal:
-            if not is_progress:
+        with contextlib.suppress(OSError):  # the terminal was closed
+            if not _TERMINAL.is_terminal:
+                print(self.format(record), file=sys.stderr, flush=True)
+            elif not is_progress:
                 _TERMINAL.print(self.format(record), markup=False, highlight=False)
-        else:
-            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _progress_bar() -> Progress:

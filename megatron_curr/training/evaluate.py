@@ -43,8 +43,8 @@ class Evaluator:
         """Whether any source has held-out text."""
         return bool(self._heldout)
 
-    def evaluate(self, stepper: Stepper) -> dict[str, float]:
-        """``eval/...`` values; the same on every rank. Collective."""
+    def evaluate(self, stepper: Stepper) -> dict[str, float | None]:
+        """``eval/...`` values, None where no token counts; the same on every rank. Collective."""
         began_s = time.perf_counter()
         num_batches = sum(
             num_heldout_batches(
@@ -62,11 +62,9 @@ class Evaluator:
             num_batches=num_batches + padding,
             num_groups=len(self._heldout),
         )
-        values = {"eval/time_s": time.perf_counter() - began_s}
+        values: dict[str, float | None] = {"eval/time_s": time.perf_counter() - began_s}
         for index, name in enumerate(self._heldout):
-            mean = loss.mean_of(index)
-            if mean is not None:
-                values[f"eval/{name}/loss_nats_per_token"] = mean
+            values[f"eval/{name}/loss_nats_per_token"] = loss.mean_of(index)
         return values
 
     def _batches(self, padding: int) -> Iterator[Batch]:

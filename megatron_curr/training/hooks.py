@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 from megatron_curr.curriculum.schedule import StepPlan
 from megatron_curr.training.checkpoint import SaveReport
+from megatron_curr.training.console import spell_loss
 from megatron_curr.training.life import BEAT_EVERY_S, RunFailed
 from megatron_curr.training.run import Run
-from megatron_curr.units import format_bytes, format_duration
+from megatron_curr.units import format_bytes, format_count, format_duration
 
 log = logging.getLogger(__name__)
+
+HELDOUT_LOSSES = ("loss_nats_per_token", "flow_mse")  # by source
+_MOST_NAMED = 12  # sources in a line
 
 
 class NonFiniteLimit(RunFailed):
@@ -174,6 +179,9 @@ class Evaluate(Quiet):
             with run.life.spending("evaluate"):
                 values = run.evaluator.evaluate(run.stepper)
             run.write(values, run.schedule.stretch_at(max(run.consumed_tokens - 1, 0)).phase)
+            if run.groups.rank == 0:
+                at = format_count(run.consumed_tokens)
+                log.info("held out, at token %s: %s", at, heldout_text(values))
 
 
 class Save(Quiet):
@@ -249,6 +257,18 @@ class Save(Quiet):
             consumed_tokens=report.state.consumed_tokens,
             phase=run.schedule.stretch_at(max(report.state.consumed_tokens - 1, 0)).phase,
         )
+
+
+def heldout_text(values: Mapping[str, float | None]) -> str:
+    """The held-out losses by source, for a line: ``prose 3.4127, code nothing counts``."""
+    told = []
+    for name, value in values.items():
+        source, _, what = name.removeprefix("eval/").rpartition("/")
+        if what in HELDOUT_LOSSES:
+            told.append(f"{source} {spell_loss(value)}")
+    more = len(told) - _MOST_NAMED
+    shown = told if more <= 0 else [*told[:_MOST_NAMED], f"{more} more in metrics.jsonl"]
+    return ", ".join(shown)
 
 
 def crosses(plan: StepPlan, every_tokens: int) -> bool:

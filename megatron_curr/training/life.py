@@ -14,7 +14,6 @@ from statistics import median
 
 import psutil
 
-from megatron_curr.durable import write_durably
 from megatron_curr.errors import UserError
 from megatron_curr.incarnation.conclude import conclude_one
 from megatron_curr.incarnation.fence import Fenced, Pen, claim_run
@@ -47,6 +46,13 @@ class NoMeeting(RunFailed):
     """Not all ranks came to the rendezvous."""
 
     cause = "no-meeting"
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank has gone."""
+    said = str(error).lower()
+    is_of_torch = isinstance(error, RuntimeError) and not getattr(error, "is_plain", False)
+    return is_of_torch and any(part in said for part in _LOST_CONTACT)
 
 
 class Life:
@@ -126,7 +132,7 @@ class Life:
             bad_nodes=bad_nodes,
         )
         try:
-            write_durably(self.incarnation.folder / f"ended.{self.rank}.json", ending.to_json())
+            self.incarnation.leave_word(ending)
         except OSError as error:
             log.warning("the end of this rank could not be recorded: %s", error)
 
@@ -135,11 +141,11 @@ class Life:
         """Record what ends this rank when it is an error."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # who calls sys.exit has failed as well
             self.end_by(error)
             raise
 
-    def end_by(self, error: Exception) -> None:
+    def end_by(self, error: BaseException) -> None:
         """Leave word of an error."""
         text = (str(error) or type(error).__name__).strip()
         if isinstance(error, Fenced):
@@ -148,7 +154,7 @@ class Life:
             self.end(error.cause, text, bad_nodes=error.bad_nodes)
         elif isinstance(error, UserError):
             self.end("wrong-input", text)
-        elif isinstance(error, RuntimeError) and any(w in text.lower() for w in _LOST_CONTACT):
+        elif lost_contact(error):
             where = f"rank {self.rank} on {self.node} lost contact with others at step {self.step}"
             self.end("lost-rank", f"{where} ({text.splitlines()[0]})", is_echo=True)
         else:

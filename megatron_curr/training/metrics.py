@@ -28,13 +28,13 @@ METRICS = {
     "run/tp_size": "tensor-parallel ranks of a replica",
     "run/pp_size": "pipeline stages of a replica",
     "run/cp_size": "context-parallel ranks of a replica",
-    "train/loss_nats_per_token": "mean over the step's tokens that carry loss",
+    "train/loss_nats_per_token": "mean over the step's tokens that carry loss; null of none",
     "train/<source>/loss_nats_per_token": "the same, over this source's tokens",
     "train/flow_mse": "mean squared error of the velocity, per latent number, over samples",
     "train/<source>/flow_mse": "the same, over this source's samples",
     "train/<bucket>/bucket_flow_mse": "the same, over this bucket's samples",
     "train/step_flops": "model FLOPs of the step, all ranks, without recomputation",
-    "train/grad_norm": "global norm before clipping",
+    "train/grad_norm": "global norm before clipping; null where nothing counts",
     "train/learning_rate": "as set for the step",
     "train/weight_decay": "as set for the step",
     "train/global_batch_tokens": "tokens in the step, all ranks",
@@ -51,7 +51,7 @@ METRICS = {
     "perf/mfu_frac": "model FLOP/s over the peak of all devices",
     "data/<source>/consumed_tokens": "since the start of the run",
     "data/<source>/epochs": "passes over the source since the start of the run",
-    "eval/<source>/loss_nats_per_token": "on held-out text",
+    "eval/<source>/loss_nats_per_token": "on held-out text; null where none of it counts",
     "data/<bucket>/bucket_consumed_tokens": "since the start of the run",
     "eval/<source>/flow_mse": "on held-out samples, at four timesteps from 125 to 875",
     "eval/<bucket>/bucket_flow_mse": "the same, over this bucket's samples",
@@ -153,9 +153,12 @@ class Metrics:
         self._sinks = sinks
 
     def write(
-        self, values: Mapping[str, float], *, step: int, consumed_tokens: int, phase: str
+        self, values: Mapping[str, float | None], *, step: int, consumed_tokens: int, phase: str
     ) -> None:
-        """Write one row; names are checked against ``METRICS``, non-finite values become null."""
+        """Write one row; names are checked against ``METRICS``.
+
+        None, of which there is no value, is null; so is what is not finite.
+        """
         if not self._sinks:
             return
         row: dict[str, Any] = {
@@ -166,7 +169,7 @@ class Metrics:
         }
         for name, value in values.items():
             check_name(name)
-            row[name] = value if math.isfinite(value) else None
+            row[name] = value if value is not None and math.isfinite(value) else None
         for sink in self._sinks:
             sink.write(row)
 

@@ -37,6 +37,7 @@ import megatron_curr.parallel  # noqa: F401  (stand-ins come before megatron-cor
 # isort: split
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_curr.errors import DataError
 from megatron_curr.parallel.data_parallel import finish_param_gather
 from megatron_curr.parallel.full_tensors import full_gradients, full_parameters, unequal_replicas
 from megatron_curr.parallel.groups import build_groups, destroy_groups
@@ -101,8 +102,13 @@ def observe(prepared: Prepared, num_steps: int) -> Observation:
             if not gradients:
                 gradients = full_gradients(chunks, groups)
                 soften_adam(optimizer, gradients, clip_grad=recipe.optimizer.clip_grad)
+            if (mean := loss.mean) is None:
+                raise DataError(
+                    f"step {plan.step} reads no token that carries loss, so there is nothing to "
+                    "compare; take other sources, or other first phases, for this check"
+                )
             update = stepper.update(replace(plan, learning_rate=learning_rate), loss)
-            losses.append(loss.mean)
+            losses.append(mean)
             grad_norms.append(update.grad_norm)
             clock_tokens = plan.next_consumed_tokens
     finish_param_gather(chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -158,8 +158,8 @@ class Run:
         if self.groups.rank != 0:
             return
         step_time_s = self.life.steps_s[-1]
-        values = {
-            "train/grad_norm": update.grad_norm,
+        values: dict[str, float | None] = {
+            "train/grad_norm": None if loss.is_empty else update.grad_norm,
             "train/learning_rate": plan.learning_rate,
             "train/weight_decay": plan.weight_decay,
             "train/global_batch_tokens": plan.step_tokens,
@@ -170,7 +170,7 @@ class Run:
             **self.step_values.of(plan, loss),
         }
         if (peak := self.recipe.logging.peak_flops_per_device) is not None:
-            values["perf/mfu_frac"] = values["train/step_flops"] / (
+            values["perf/mfu_frac"] = (values["train/step_flops"] or 0.0) / (
                 step_time_s * peak * self.groups.world_size
             )
         if not update.applied:
@@ -182,10 +182,10 @@ class Run:
             consumed_tokens=self.consumed_tokens,
             phase=plan.phase,
             loss=loss.mean,
-            tokens_per_s=values["perf/tokens_per_s"],
+            tokens_per_s=plan.step_tokens / step_time_s,
         )
 
-    def write(self, values: dict[str, float], phase: str) -> None:
+    def write(self, values: Mapping[str, float | None], phase: str) -> None:
         """Write one row at the clock as it stands."""
         self.metrics.write(
             values, step=self.step, consumed_tokens=self.consumed_tokens, phase=phase

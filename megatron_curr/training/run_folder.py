@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ class RunFolder:
     def rank_log(self, incarnation: int, rank: int) -> Path:
         """The log of one rank in one start of the run."""
         return self.logs / f"{incarnation:04d}" / f"rank_{rank}.log"
+
+    def resume_command(self, num_ranks: int) -> str:
+        """What to type to go on, as a shell reads it."""
+        return f"megatron-curr train {shlex.quote(str(self.path))} --ranks {num_ranks}"
 
     @property
     def has_checkpoints(self) -> bool:

@@ -12,7 +12,12 @@ from types import FrameType
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def is_left_to_us(number: int) -> bool:
+    """Whether we may answer a signal: ``nohup`` lets a run live on when its terminal is closed."""
+    return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 
 
 class StopSignals:
@@ -28,11 +33,11 @@ class StopSignals:
         self._wakeup: int | None = None
 
     def install(self) -> None:
-        """Take over SIGTERM (Slurm's end), SIGUSR1 (its early warning) and Ctrl-C."""
+        """Take over SIGTERM (Slurm's end), SIGUSR1 (its warning), Ctrl-C and a closed terminal."""
         # A handler waits for the main thread to come back from C; the pipe is written at once.
         self._wakeup, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
+        for number in filter(is_left_to_us, STOP_SIGNALS):
             signal.signal(number, self._remember)
 
     def look(self) -> None:

@@ -45,9 +45,14 @@ class Loss:
     flags: tuple[float, ...] = ()  # what ranks wanted each other to know, summed
 
     @property
-    def mean(self) -> float:
-        """Nats per token, or mean squared error, over all groups."""
-        return math.fsum(self.sum_by_group) / max(sum(self.count_by_group), 1)
+    def is_empty(self) -> bool:
+        """Whether nothing counted: no token carried loss, so there is no loss and no gradient."""
+        return not any(self.count_by_group)
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per token, or mean squared error, over all groups; None where nothing counts."""
+        return self.mean_of(*range(len(self.count_by_group)))
 
     @property
     def is_finite(self) -> bool:

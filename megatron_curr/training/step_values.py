@@ -23,7 +23,7 @@ LISTED_SOURCES = 64
 class StepValues(Protocol):
     """The part of a step's row that a kind of run fills in; on rank 0 only."""
 
-    def of(self, plan: StepPlan, loss: Loss) -> dict[str, float]:
+    def of(self, plan: StepPlan, loss: Loss) -> dict[str, float | None]:
         """Values by metric."""
 
 
@@ -59,9 +59,9 @@ class TextValues:
             )
         )
 
-    def of(self, plan: StepPlan, loss: Loss) -> dict[str, float]:
+    def of(self, plan: StepPlan, loss: Loss) -> dict[str, float | None]:
         """See ``StepValues``."""
-        values = {
+        values: dict[str, float | None] = {
             "train/loss_nats_per_token": loss.mean,
             "train/seq_length_tokens": plan.seq_length,
             "train/step_flops": self._flops_per_token(plan.seq_length) * plan.step_tokens,
@@ -100,11 +100,11 @@ class VideoValues:
             for cell in order.cells
         ]
 
-    def of(self, plan: StepPlan, loss: Loss) -> dict[str, float]:
+    def of(self, plan: StepPlan, loss: Loss) -> dict[str, float | None]:
         """See ``StepValues``. Texts count with their mean length in ``train/step_flops``."""
         end = plan.position + plan.num_samples
         lots = self._order.lots_before(end) - self._order.lots_before(plan.position)
-        values = {
+        values: dict[str, float | None] = {
             "train/flow_mse": loss.mean,
             "train/step_flops": float(lots @ self._lot_flops),
             **self._amounts.of(plan),

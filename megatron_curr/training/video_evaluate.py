@@ -52,7 +52,7 @@ class VideoEvaluator:
         """Whether any source has held-out samples of a bucket that is read of it."""
         return any(num_heldout(cell, self._heldout) for cell in self._cells)
 
-    def evaluate(self, stepper: Stepper) -> dict[str, float]:
+    def evaluate(self, stepper: Stepper) -> dict[str, float | None]:
         """``eval/...`` values; the same on every rank. Collective."""
         began_s = time.perf_counter()
         groups = self._groups
@@ -71,7 +71,7 @@ class VideoEvaluator:
             num_batches=len(batches),
             num_groups=len(self._cells) * num_steps,
         )
-        values = {"eval/time_s": time.perf_counter() - began_s}
+        values: dict[str, float | None] = {"eval/time_s": time.perf_counter() - began_s}
         for label, name_of in (("source", "flow_mse"), ("bucket", "bucket_flow_mse")):
             for name in dict.fromkeys(getattr(cell, label) for cell in self._cells):
                 own = [

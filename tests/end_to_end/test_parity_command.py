@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
-from launch.local import Crew
 from megatron_curr.cli import main
 from tests.training.runs import Runs
 from tests.training.tiny import write_corpus
@@ -73,18 +71,3 @@ def test_what_cannot_be_asked_is_refused_before_any_process_starts(
     monkeypatch.setattr("launch.parity.Crew", None)
     assert main(["parity", str(recipe), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_rank_that_fails_ends_the_job_with_its_own_traceback_first(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [f"file://{tmp_path}/store", str(tmp_path)]
-    began_s = time.monotonic()
-    with Crew(arguments, 2, tmp_path, module="tests.end_to_end.failing_rank") as crew:
-        assert crew.wait() == 1
-    assert time.monotonic() - began_s < 30
-    error = capfd.readouterr().err
-    story = error[error.index("error: ") :]
-    assert story.startswith("error: rank 1 failed:\nTraceback (most recent call last):")
-    assert story.rstrip().endswith("ModelBroke: layer 7 gave up")
-    assert story.count("Traceback") == 1  # no wall of peers that lost it

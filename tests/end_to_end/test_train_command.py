@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_curr.data.shards import ShardWriter
+from megatron_curr.incarnation.record import incarnations
 from megatron_curr.training.checkpoint_folder import list_checkpoints, read_state
 from megatron_curr.training.run_folder import RunFolder
 from tests.training.runs import Runs, losses, newest_tensors, rank_log, rows
@@ -83,35 +85,77 @@ def test_signals_save_and_end_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
     wait_for_step(run, 2, process)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
-    assert code == 0, output
+    assert code == 128 + signal.SIGTERM, output  # "train && convert" ends here
+    assert re.search(r"held out, at token 0: prose \d\.\d{4}, code \d\.\d{4}", output)
     assert "stopped by SIGTERM at token" in output
-    assert f"megatron-curr train {run}/recipe.yaml --ranks 2" in output
+    assert f"megatron-curr train {run} --ranks 2" in output
     (newest,) = list_checkpoints(run / "checkpoints")[-1:]
     assert read_state(newest).consumed_tokens == rows(run)[-1]["consumed_tokens"] < 8192
     assert rank_log(run, 1).read_text().count("rank 1 of 2") == 1
     process = start(runs.recipe("terminated"))
-    wait_for_step(run, 10, process)
-    process.send_signal(signal.SIGUSR1)
+    wait_for_step(run, 8, process)
+    process.send_signal(signal.SIGHUP)
     code, output = finish(process)
-    assert code == 0, output
+    assert code == 128 + signal.SIGHUP, output
     assert (
         "changed since the last start: parallel.tensor_model_parallel_size: was 2, is 1" in output
     )
-    assert "stopped by SIGUSR1 at token" in output
+    assert "stopped by SIGHUP at token" in output
+    process = start(runs.recipe("terminated"))
+    wait_for_step(run, 14, process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    assert "stopped by SIGINT at token" in output
     code, output = finish(start(runs.recipe("terminated")))
     assert code == 0, output
     assert len(losses(run)) == 24
 
 
-def test_a_rank_that_dies_takes_the_others_down(runs: Runs) -> None:
-    run = runs.folder / "crashed"
-    process = start(runs.recipe("crashed", TP2), "--ranks", 2)
+def test_a_run_under_nohup_outlives_its_terminal(runs: Runs) -> None:
+    run = runs.folder / "nohup"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to its command
+    try:
+        process = start(runs.recipe("nohup"), "--stop-at", 2048)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGHUP)
+    code, output = finish(process)
+    assert code == 0, output
+    assert "stopped by --stop-at 2048 at token 2048" in output
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGKILL, "error: rank 1 was killed by SIGKILL (kill -9, or the kernel where"),
+        (signal.SIGSTOP, "error: rank 0 on .*: \\w+ at step .* takes longer than .* s; it "
+                         "stands in .*; rank 1 on .* left no word"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_dies_or_hangs_is_named_with_what_is_saved_and_how_to_go_on(
+    number: signal.Signals, told: str, runs: Runs
+) -> None:
+    name = number.name.lower()
+    hanging = {"training.hang_least_s": 4.0, "training.hang_step_multiple": 5.0}
+    longer = {"curriculum.phases.0.tokens": 102_400, "checkpoint.every_tokens": 2048}
+    process = start(runs.recipe(name, TP2 | hanging | longer), "--ranks", 2)
+    run = runs.folder / name
+    wait_for_step(run, 9, process)
+    wait_until(lambda: bool(list_checkpoints(run / "checkpoints")), process)
     log = run / "logs" / "0001" / "rank_1.log"
-    wait_until(lambda: log.exists() and "pid" in log.read_text(), process)
-    os.kill(int(log.read_text().split("pid ")[1].split()[0]), signal.SIGKILL)
+    os.kill(int(log.read_text().split("pid ")[1].split()[0]), number)
     code, output = finish(process)
     assert code == 1
-    assert "rank 1 was killed by SIGKILL" in output
+    assert re.search(told.replace("(", r"\("), output), output
+    assert re.search(r"saved: the checkpoint of step \d+, token [\d,]+", output)
+    assert f"to go on: megatron-curr train {run} --ranks 2\n" in output
+    assert "Traceback" not in output and "gloo" not in output
+    (incarnation,) = incarnations(run)
+    assert incarnation.record is not None
+    assert incarnation.record.suspect_ranks == (1,)
+    assert incarnation.record.detail in output or "rank 1 on" in incarnation.record.detail
 
 
 def refused(recipe: Path, *arguments: object) -> str:
