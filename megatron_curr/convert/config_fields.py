@@ -82,14 +82,15 @@ def settle(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     Raises ``CheckpointError`` for what transformers itself refuses, and for a field that changes
     the result and that nothing here reads.
     """
-    told = config.get("model_type", family.model_type)
-    if told != family.model_type and _config_class(told) is not None:
+    told, alike = config.get("model_type"), (family.model_type, *family.also_of_type)
+    if told and told not in alike and _config_class(told) is not None:
         raise CheckpointError(
             f"config.json: model_type is {told!r} and the architecture {family.architecture}, of "
             f"type {family.model_type!r}; transformers goes by the first: make them agree"
         )
+    kind = _config_class(told if told in alike else family.model_type)
     fields = class_fields(family)
-    taken = _as_transformers_takes_it(config, family, fields)
+    taken = _as_transformers_takes_it(config, family, kind=kind, fields=fields)
     settled = {**config, **taken}
     for name, values in _PLAIN.items():
         if config.get(name, values[0]) not in values:
@@ -115,9 +116,8 @@ def settle(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _as_transformers_takes_it(
-    config: Mapping[str, Any], family: Family, fields: Mapping[str, Any]
+    config: Mapping[str, Any], family: Family, *, kind: Any, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    kind = _config_class(family.model_type)
     if kind is None:
         return {**fields, **{name: config[name] for name in fields if name in config}}
     from transformers.utils import logging

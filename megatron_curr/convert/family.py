@@ -114,6 +114,10 @@ class Family:
     """Config fields and their defaults, where transformers has no class of it."""
     also_known_as: tuple[str, ...] = ()
     """Other values of ``architectures`` in configs of the same table."""
+    also_of_type: tuple[str, ...] = ()
+    """Other values of ``model_type``, whose config class has other defaults."""
+    rotated_apart: tuple[str, ...] = ()
+    """Kinds of layers, where the config gives each its rotations."""
     ignored: str | None = None
     """Pattern of published tensors that are not weights of this model, ``NUM_LAYERS`` in it."""
 

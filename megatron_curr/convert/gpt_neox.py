@@ -15,7 +15,7 @@ from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.model import Model
 
 
-def _both(published: str, stored: str) -> tuple[Entry, Entry]:
+def weight_and_bias(published: str, stored: str) -> tuple[Entry, Entry]:
     """Weight and bias of a norm; ``stored`` ends where the two words differ."""
     return (
         Entry(f"{published}.weight", f"{stored}weight", all_rows(hidden)),
@@ -51,14 +51,14 @@ FAMILY = Family(
     model_type="gpt_neox",
     head=(Entry("gpt_neox.embed_in.weight", "embedding.word_embeddings.weight", None, hidden),),
     layer=(
-        *_both(
+        *weight_and_bias(
             "gpt_neox.layers.{layer}.input_layernorm", f"decoder.layers.{{layer}}.{QKV}.layer_norm_"
         ),
         *_linear(
             "attention.query_key_value", QKV, lambda model: ((0, 3 * model.hidden_size),), hidden
         ),
         *_linear("attention.dense", "self_attention.linear_proj", all_rows(hidden), hidden),
-        *_both(
+        *weight_and_bias(
             "gpt_neox.layers.{layer}.post_attention_layernorm",
             "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_",
         ),
@@ -66,7 +66,7 @@ FAMILY = Family(
         *_linear("mlp.dense_4h_to_h", "mlp.linear_fc2", all_rows(hidden), ffn),
     ),
     tail=(
-        *_both("gpt_neox.final_layer_norm", "decoder.final_layernorm."),
+        *weight_and_bias("gpt_neox.final_layer_norm", "decoder.final_layernorm."),
         Entry("embed_out.weight", "output_layer.weight", None, hidden, when=untied),
     ),
     names={

@@ -14,12 +14,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_curr.convert import (
+    deepseek_v2,
     deepseek_v3,
+    falcon,
+    glm4_moe,
     gpt_neox,
     llama,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
+    phi3,
     qwen2,
     qwen3,
     qwen3_moe,
@@ -35,8 +40,9 @@ from megatron_curr.recipe.model_rules import combinations
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY
     for module in (
-        *(llama, qwen2, qwen3, mistral, olmo2, gpt_neox, telechat2),
-        *(mixtral, qwen3_moe, deepseek_v3),
+        *(llama, qwen2, qwen3, mistral, olmo2, olmo3, phi3),
+        *(gpt_neox, falcon, telechat2),
+        *(mixtral, qwen3_moe, deepseek_v3, deepseek_v2, glm4_moe),
     )
 )
 _GEMMA = (
@@ -162,6 +168,7 @@ def write_config(
 ) -> dict[str, Any]:
     """The text of ``config.json``, for transformers 4 and 5."""
     rope = family.rotations(model)
+    of_layers = {kind: rope for kind in family.rotated_apart}
     stretched = {key: value for key, value in rope.items() if key not in _BESIDE}
     beside = {key: rope[key] for key in _BESIDE if key in rope}
     return {
@@ -172,9 +179,10 @@ def write_config(
         "initializer_range": model.init_method_std,
         **beside,
         "rope_scaling": stretched if stretched["rope_type"] != "default" else None,
-        "rope_parameters": rope,
+        "rope_parameters": of_layers or rope,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
+        "pad_token_id": None,  # some classes have a default beyond our vocabulary
         **token_ids,
         "dtype": dtype,
         "torch_dtype": dtype,

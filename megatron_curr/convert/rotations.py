@@ -8,7 +8,7 @@ have, is refused by name: a rotation that is a little off shows in no shape and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_curr.errors import CheckpointError, RecipeError
@@ -70,20 +70,32 @@ def settle_rotations(config: Mapping[str, Any], *, stretched: Mapping[str, Any])
         percent = stretched.get("rotary_pct", stretched.get("partial_rotary_factor"))
         rope = {"rope_theta": theta, **(stretched.get("rope_scaling") or {})}
         rope = rope if percent is None else {"partial_rotary_factor": percent, **rope}
-    if layers := {name: of for name, of in rope.items() if isinstance(of, Mapping)}:
-        if len(layers) < len(rope) or len({repr(sorted(of.items())) for of in layers.values()}) > 1:
-            raise CheckpointError(
-                f"config.json: rope_parameters differ from layer to layer ({dict(layers)}); "
-                "megatron-core rotates every layer alike"
-            )
-        rope = dict(next(iter(layers.values())))
+    rope = _of_every_layer(rope, layer_types=stretched.get("layer_types"))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rest = {key: value for key, value in rope.items() if key != "type" and value is not None}
     return {**rest, "rope_type": kind, "rope_theta": float(rope.get("rope_theta") or 10_000.0)}
 
 
+def _of_every_layer(
+    rope: Mapping[str, Any], *, layer_types: Sequence[str] | None
+) -> Mapping[str, Any]:
+    """The rotations themselves, where a config gives each kind of layer its own, if these agree."""
+    used = {name: of for name, of in rope.items() if isinstance(of, Mapping)}
+    if layer_types:
+        used = {name: of for name, of in used.items() if name in layer_types} or used
+    if not used:
+        return rope
+    if len({repr(sorted(of.items())) for of in used.values()}) > 1:
+        raise CheckpointError(
+            f"config.json: rope_parameters differ from layer to layer ({used}); megatron-core "
+            "rotates every layer alike"
+        )
+    return next(iter(used.values()))
+
+
 def _refuse_contradictions(config: Mapping[str, Any]) -> None:
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    new = _of_every_layer(new, layer_types=config.get("layer_types"))
     for name, field in (
         ("rope_theta", "rope_theta"),
         ("rope_theta", "rotary_emb_base"),

@@ -67,6 +67,28 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**_PLAIN, "head_dim": 16}),
     "mistral": ("mistral", {**_PLAIN, "sliding_window": None, "head_dim": 8}),
     "olmo2": ("olmo2", _PLAIN),
+    "olmo3": ("olmo3", {**_PLAIN, "sliding_window": 64}),
+    "phi3": (
+        "phi3",
+        {
+            **{**_PLAIN, "pad_token_id": 0},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "internlm3": ("internlm3", {**_PLAIN, "head_dim": 16}),
+    "falcon": (
+        "falcon",
+        {
+            **{name: value for name, value in _PLAIN.items() if name != "num_key_value_heads"},
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 48,
+            "new_decoder_architecture": True,
+        },
+    ),
     "gpt_neox": (
         "gpt_neox",
         {
@@ -111,6 +133,21 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **{**_PLAIN, "num_hidden_layers": 4, "head_dim": 16, "attention_bias": True},
+            **{"use_qk_norm": True, "moe_intermediate_size": 24, "n_routed_experts": 8},
+            **{"num_experts_per_tok": 4, "routed_scaling_factor": 1.5, "pad_token_id": 0},
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **{**_DEEPSEEK, "q_lora_rank": None, "n_group": None, "topk_group": None},
+            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
     "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "rope_parameters": _YARN}),
     "deepseek_v3_plain_rope": ("deepseek_v3", _DEEPSEEK),
     # As Moonlight is: queries are not compressed, and the latent norm keeps an epsilon of its own.
@@ -124,7 +161,7 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SPARSE = {
     *("mixtral", "qwen3_moe", "qwen3_moe_unnormed"),
-    *("deepseek_v3", "deepseek_v3_plain_rope", "moonlight"),
+    *("deepseek_v3", "deepseek_v3_plain_rope", "moonlight", "deepseek_v2", "glm4_moe"),
 }
 
 
