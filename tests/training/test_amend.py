@@ -146,13 +146,12 @@ def test_the_command_prints_the_difference_by_token_and_a_dry_run_writes_nothing
     assert (stopped / "ledger.jsonl").read_bytes() == before
 
 
-def test_a_job_that_runs_ahead_is_never_amended_behind_its_horizon(
-    runs: Runs, stopped: Path
-) -> None:
+def test_a_job_that_runs_ahead_is_never_amended_behind_its_horizon(runs: Runs) -> None:
     """The job passes the token while the amendment is checked: a later one is taken instead."""
+    stopped = runs.train("ahead", stop_at_tokens=2048)
     horizon = incarnations(stopped)[-1].folder / "horizon"
     held = horizon.read_text()
-    recipe = runs.recipe("stopped", {"curriculum.phases.1.learning_rate": 1e-4})
+    recipe = runs.recipe("ahead", {"curriculum.phases.1.learning_rate": 1e-4})
     done: list[Amendment] = []
     with hold_ledger(stopped / "ledger.jsonl"):
         thread = threading.Thread(target=lambda: done.append(amend(stopped, recipe)), daemon=True)
