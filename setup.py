@@ -40,6 +40,7 @@ setup(
     include_package_data=False,
     install_requires=[
         "av>=15",
+        "backports.zstd>=1.0; python_version < '3.14'",
         "huggingface_hub>=0.34",
         "jinja2>=3.1",
         "megatron-core>=0.16.1,<0.17",

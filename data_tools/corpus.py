@@ -8,15 +8,14 @@ its own last file only, so a file that is added or mended moves no other unit.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.formats import FORMATS, Format, Row, Span, format_of, open_rows, parts_of
-from megatron_curr.errors import DataError
+from data_tools.formats import format_of, open_rows, parts_of
+from data_tools.rows import Format, Span, nested_fields
 
 _NAMED_FILES = 8
 _LONGEST_UNIT = 4  # times the size asked for: small files are grouped by chance, see _ends_unit
@@ -40,51 +39,6 @@ class Unit:
         files = list(dict.fromkeys(span.file for span in self.spans))
         more = len(files) - _NAMED_FILES
         return ", ".join(files[:_NAMED_FILES]) + (f" and {more:,} files more" if more > 0 else "")
-
-
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files that the inputs name: files, folders to the bottom, globs, ``@list`` files.
-
-    In the order given, sorted inside a folder or a glob. Raises ``DataError`` for what is not
-    there, for an unknown format, and for a file that is named twice.
-    """
-    files: list[Path] = []
-    for given in map(str, inputs):
-        files += _files_of(given)
-    if not files:
-        raise DataError("no input file; give files, folders, globs or @list files")
-    seen: set[Path] = set()
-    for file in files:
-        format_of(file)
-        if file in seen:
-            raise DataError(f"{file}: named twice, so its documents would be read twice")
-        seen.add(file)
-    return files
-
-
-def _files_of(given: str) -> list[Path]:
-    path = Path(given)
-    if given.startswith("@"):
-        listing = Path(given[1:])
-        try:
-            lines = listing.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{listing}: cannot be read as a list of files ({error})") from error
-        return [file for line in lines if line.strip() for file in _files_of(line.strip())]
-    if path.is_dir():
-        found = sorted(below for below in path.rglob("*") if below.name.endswith(tuple(FORMATS)))
-        if not found:
-            raise DataError(f"{path}: no {', '.join(FORMATS)} file in this folder")
-        return found
-    if path.is_file():
-        return [path]
-    if glob.has_magic(given):
-        matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
-        found = [match for match in matches if match.is_file()]
-        if not found:
-            raise DataError(f"{given}: no file matches this glob")
-        return found
-    raise DataError(f"{path}: no such file or folder; give files, folders, globs or @list files")
 
 
 def plan_units(
@@ -145,7 +99,7 @@ def read_documents(path: Path, *, text_field: str = "text") -> Iterator[str]:
     """The texts of one file; rows that hold none are left to preprocessing to report."""
     span = next(_spans(path, 0, unit_bytes=1, by_line=False))
     for row in open_rows(span, fields=(text_field,), max_bytes=1 << 28):
-        if isinstance(row, Row) and isinstance(row.content, dict):
-            text = row.content.get(text_field)
+        if isinstance(row.content, dict):
+            text = nested_fields(row.content, (text_field,)).get(text_field)
             if isinstance(text, str) and text:
                 yield text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import orjson
 
 from data_tools.filters import Filter
 from data_tools.options import Options, template_fields
+from data_tools.rows import nested_fields
 from megatron_curr.data.tokenizer import Tokenizer
 from megatron_curr.errors import DataError
 
@@ -43,6 +45,7 @@ class Preparation:
     def __init__(self, options: Options, tokenizer: Tokenizer) -> None:
         self.options = options
         self._columns = options.columns
+        self._nested = [name for name in options.needed_fields if "." in name]
         self._filter = None if options.filter is None else Filter(options.filter)
         self._template_fields = (
             []
@@ -71,6 +74,8 @@ class Preparation:
 
     def document(self, content: Mapping[str, Any]) -> Document | str:
         """The document of some fields; ``FILTERED``, or the reason why there is none."""
+        if self._nested:
+            content = {**content, **nested_fields(content, self._nested)}
         if self._filter is not None:
             kept = self._filter(content)
             if kept is not True:
@@ -113,6 +118,11 @@ class Preparation:
         elif (text := content.get(self.options.text_field)) is None:
             name = self.options.text_field
             return (f"field {name!r} is null" if name in content else f"no field {name!r}",)
+        if isinstance(text, bytes):  # a parquet column that does not say it is text
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                return ("invalid UTF-8",)
         if not isinstance(text, str):
             return (f"field {self.options.text_field!r} is not text",)
         for step in self.options.normalize:
@@ -156,7 +166,10 @@ def _cast(value: object, kind: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if kind == "float":
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return None
     fits = value == value and abs(value) < 2**63 and int(value) == value
     return int(value) if fits else None
 
@@ -166,4 +179,7 @@ def _as_text(value: object) -> str:
         return value
     if isinstance(value, date | datetime):
         return value.isoformat()
-    return orjson.dumps(value, default=str).decode()
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except TypeError:  # an integer of more than 64 bits
+        return json.dumps(value, ensure_ascii=False, default=str)

@@ -144,7 +144,7 @@ class RunSettings:
 
     num_workers: int = 1
     unit_bytes: int = UNIT_BYTES
-    max_reject_frac: float = 0.1
+    max_rejected_frac: float = 0.01
     engine: str = "auto"
     task: int | None = None
     num_tasks: int = 1
@@ -159,8 +159,8 @@ class RunSettings:
             )
         if self.task is not None and self.finish:
             raise DataError("--task and --finish: give one; --finish comes after all tasks")
-        if not 0 <= self.max_reject_frac <= 1:
-            raise DataError(f"max_reject_frac {self.max_reject_frac}: must be from 0 to 1")
+        if not 0 <= self.max_rejected_frac <= 1:
+            raise DataError(f"max_rejected_frac {self.max_rejected_frac}: must be from 0 to 1")
 
 
 def template_fields(template: str) -> list[str]:

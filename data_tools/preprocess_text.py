@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus import Unit, find_files, plan_units
+from data_tools.corpus import Unit, plan_units
 from data_tools.documents import Preparation
 from data_tools.engines import Verdict
-from data_tools.formats import DamagedFile
+from data_tools.input_files import find_files
 from data_tools.options import Options, RunSettings
 from data_tools.progress import ReadProgress
 from data_tools.publish import make_shards
+from data_tools.rejections import Tally, check_rejects, check_rejects_so_far, tally_of, told
+from data_tools.rows import DamagedFile
 from data_tools.sampling import check_engine
 from data_tools.staging import (
     SPLITS,
@@ -38,7 +40,7 @@ from data_tools.unit_work import (
     REJECTS,
     Job,
     UnitRecord,
-    total_rejects,
+    total,
     warm_up,
     work_on_unit,
 )
@@ -49,9 +51,8 @@ from megatron_curr.errors import DataError
 from megatron_curr.units import format_bytes
 
 __all__ = ["Options", "RunSettings", "Summary", "preprocess"]
-_MIN_ROWS_TO_JUDGE = 1_000  # before that, a few bad rows at the start say little
 _LISTED = 5
-_UNIT_VERSION = 2  # of what a unit holds; units of another are made again
+_UNIT_VERSION = 3  # of what a unit holds; units of another are made again
 # Loaded once for all workers; what is not installed is left out.
 _PRELOAD = (
     *("data_tools.unit_work", "data_tools.sampling", "pyarrow.compute", "tokenizers"),
@@ -67,8 +68,11 @@ class Summary:
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
     rejects: Mapping[str, int]
+    passed_over: Mapping[str, int]
+    mended: int
     filtered: int
     duplicates: int
+    heldout_frac: float
     read_bytes: int
     elapsed_s: float
     engine: str
@@ -83,10 +87,16 @@ class Summary:
             lines += [
                 f"{self.folder / split}: {count:,} documents, {self.tokens[split]:,} tokens"
                 for split, count in self.documents.items()
+                if count
             ]
+            if self.heldout_frac and not self.documents["heldout"]:
+                lines.append(self._nothing_held_out())
         if self.rejects:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.items())
-            lines.append(f"rejected rows: {reasons}; listed in {self.folder / REJECTS}")
+            lines.append(f"rejected rows: {told(self.rejects)}; listed in {self.folder / REJECTS}")
+        if self.mended:
+            lines.append(f"mended rows: {self.mended:,} with lone surrogates, now U+FFFD")
+        if self.passed_over:
+            lines.append(f"passed over: {told(self.passed_over)}")
         if self.filtered or self.duplicates:
             lines.append(f"left out: {self.filtered:,} filtered, {self.duplicates:,} duplicates")
         rate = self.read_bytes / max(self.elapsed_s, 1e-3) / 1e6
@@ -96,6 +106,14 @@ class Summary:
         size = format_bytes(self.read_bytes)
         lines.append(f"{size} in {self.elapsed_s:.1f} s, {rate:.1f} MB/s{kept}")
         return "\n".join(lines)
+
+    def _nothing_held_out(self) -> str:
+        count, share = self.documents["train"], self.heldout_frac
+        return (
+            f"{self.folder / 'heldout'}: nothing held out, so there is no such folder: "
+            f"--heldout-frac {share:g} of {count:,} documents is {count * share:.1f}; raise it, or "
+            "give more documents, to evaluate on held-out text"
+        )
 
     def json(self) -> str:
         """The same for scripts."""
@@ -108,6 +126,7 @@ class Run:
 
     output: Path
     files: Sequence[Path]
+    passed_over: Mapping[str, int]
     units: Sequence[Unit]
     tokenizer: Tokenizer
     options: Options
@@ -116,6 +135,7 @@ class Run:
     progress: ReadProgress
     verdict: Verdict | None = None
     units_kept: int = 0
+    tally: Tally = field(default_factory=Tally)  # of the units that were there
     damaged: list[str] = field(default_factory=list)
 
     @property
@@ -163,18 +183,31 @@ def preprocess(
     ``WorkerDied``; what was finished is kept for the next run of the same command.
     """
     options, settings = options or Options(), settings or RunSettings()
-    files = find_files(inputs)
+    found = find_files(inputs)
     loaded = load_tokenizer(tokenizer)
     units = plan_units(
-        files,
+        found.files,
         unit_bytes=settings.unit_bytes,
         by_line=options.text_by_line,
         options_key=f"{_UNIT_VERSION} {loaded.sha256} {options.key}",
     )
     total_bytes = sum(unit.num_bytes for unit in units)
+    if not total_bytes:
+        names = ", ".join(map(str, found.files[:_LISTED]))
+        raise DataError(f"{names}: no document to train on; the input is empty, 0 bytes")
     progress = ReadProgress(f"preprocess {output.name}", total_bytes, show=show_progress)
     preparation = Preparation(options, loaded)
-    run = Run(output, files, units, loaded, options, settings, preparation, progress)
+    run = Run(
+        output,
+        found.files,
+        found.passed_over,
+        units,
+        loaded,
+        options,
+        settings,
+        preparation,
+        progress,
+    )
     if _is_done(run) and not overwrite:
         discard(run.output)
         return _summary(run, "already done")
@@ -202,6 +235,7 @@ def _carry_out(run: Run) -> Summary:
     else:
         mine = len(run.units)
     run.units_kept = mine - len(missing)
+    run.tally = tally_of(run)
     with Workers(settings.num_workers, num_counters=len(COUNTERS), preload=_PRELOAD) as workers:
         _work(run, [run.units[number] for number in missing], workers)
         if settings.task is not None:
@@ -225,9 +259,9 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
     run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)
 
     def tick() -> None:
-        num_bytes, tokens, documents, rejects = workers.counters
+        num_bytes, tokens, rows, rejects = workers.counters
         run.progress.show(num_bytes, tokens, rejects)
-        _check_rejects(run, rejects, documents + rejects)
+        check_rejects_so_far(run, run.tally.plus(num_bytes, rows, rejects))
 
     results = workers.run(
         work_on_unit,
@@ -246,35 +280,28 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
         raise DataError(f"{listed}\neverything else is finished and kept; nothing was published")
 
 
-def _check_rejects(run: Run, rejects: int, rows: int, *, at_end: bool = False) -> None:
-    limit = run.settings.max_reject_frac
-    if rejects > limit * rows and (at_end or rows >= _MIN_ROWS_TO_JUDGE):
-        raise DataError(
-            f"{run.output}: {rejects:,} of {rows:,} rows rejected, more than --max-reject-frac "
-            f"{limit:g} allows; nothing was published. The rows are listed in "
-            f"{run.unit_folder}/*/{REJECTS}: mend the input, or allow more"
-        )
-
-
 def _check_result(run: Run, records: Sequence[UnitRecord]) -> None:
     """Refuse a result that nobody can want, and say what was wrong with the input."""
-    rejects = total_rejects(records)
-    documents = {split: _documents(records, split) for split in SPLITS}
-    if not documents["train"]:
-        found = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
-        filtered = sum(record.filtered for record in records)
-        names = ", ".join(map(str, run.files[:_LISTED]))
-        discard(run.output)
+    check_rejects(run, records)
+    documents = {
+        split: sum(record.shards[split].num_documents for record in records) for split in SPLITS
+    }
+    if documents["train"]:
+        return
+    names = ", ".join(map(str, run.files[:_LISTED]))
+    discard(run.output)
+    if documents["heldout"]:
         raise DataError(
-            f"{names}: no document to train on (rejected: {found or 'nothing'}; filtered: "
-            f"{filtered:,}); each document must hold text in {run.options.text_field!r}"
+            f"{names}: no document to train on: --heldout-frac {run.options.heldout_frac:g} holds "
+            f"out all {documents['heldout']:,} of them; lower it, or give more documents"
         )
-    bad = sum(rejects.values())
-    _check_rejects(run, bad, bad + sum(documents.values()), at_end=True)
-
-
-def _documents(records: Sequence[UnitRecord], split: str) -> int:
-    return sum(record.shards[split].num_documents for record in records)
+    rejects = told(total(record.rejects for record in records)) or "nothing"
+    passed_over = told(total([run.passed_over, *(r.passed_over for r in records)])) or "nothing"
+    filtered = sum(record.filtered for record in records)
+    raise DataError(
+        f"{names}: no document to train on (rejected: {rejects}; filtered: {filtered:,}; passed "
+        f"over: {passed_over}); each document must hold text in {run.options.text_field!r}"
+    )
 
 
 def _summary(run: Run, state: str) -> Summary:
@@ -288,8 +315,11 @@ def _summary(run: Run, state: str) -> Summary:
         documents={s: found[s].num_documents if s in found else 0 for s in SPLITS},
         tokens={s: found[s].num_tokens if s in found else 0 for s in SPLITS},
         rejects=known.get("rejected_rows", {}),
+        passed_over=known.get("passed_over", {}),
+        mended=known.get("mended_rows", 0),
         filtered=known.get("filtered_documents", 0),
         duplicates=known.get("duplicate_documents", 0),
+        heldout_frac=known.get("heldout_frac", 0.0),
         read_bytes=run.progress.read_bytes,
         elapsed_s=run.progress.elapsed_s,
         engine=run.verdict.text() if run.verdict else "",

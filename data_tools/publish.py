@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from data_tools.dedup import mark_duplicates
 from data_tools.document_table import table_path, table_schema
+from data_tools.rejections import line_bases, list_rejects
 from data_tools.shard_cutter import Part, ShardPlan, build_shard, cut
 from data_tools.staging import SPLITS
-from data_tools.unit_work import REJECTS, UnitRecord, total_rejects
+from data_tools.unit_work import UnitRecord, total
 from data_tools.workers import Workers
 from megatron_curr.data.idx_format import idx_path, token_dtype
 from megatron_curr.data.manifest import Manifest, ShardRecord, TokenizerRecord, write_manifest
@@ -37,17 +35,20 @@ def make_shards(run: Run, records: Sequence[UnitRecord], workers: Workers) -> Pa
     for other in run.staging.glob("final_*"):
         if other.name not in (folder.name, f"{folder.name}_records"):
             shutil.rmtree(other)
-    bases = _line_bases(run, records)
+    bases = line_bases(run, records)
     made: dict[str, list[ShardRecord]] = {}
     duplicates = 0
     for split in SPLITS:
         parts, repeated = _parts(run, records, bases, split)
         duplicates += repeated
         made[split] = _build(run, folder, split, parts, workers)
-    rejects = _write_rejects(run, records, bases, folder)
+    folder.mkdir(exist_ok=True)
+    list_rejects(run, records, folder)
     facts = {
         "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in run.files],
-        "rejected_rows": rejects,
+        "rejected_rows": total(record.rejects for record in records),
+        "passed_over": total([run.passed_over, *(record.passed_over for record in records)]),
+        "mended_rows": sum(record.mended for record in records),
         "filtered_documents": sum(record.filtered for record in records),
         "duplicate_documents": duplicates,
         "engine": run.verdict.record() if run.verdict else None,
@@ -63,20 +64,6 @@ def _key(run: Run) -> str:
     """Everything the final shards depend on, input files' times included."""
     content = [[unit.key for unit in run.units], run.options.record()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _line_bases(run: Run, records: Sequence[UnitRecord]) -> list[int]:
-    """For each unit, how many rows of its file stand before it in other units.
-
-    A file that is cut has its units to itself, so one number a unit is enough.
-    """
-    bases = []
-    rows_of: dict[str, int] = {}
-    for unit, record in zip(run.units, records, strict=True):
-        last = unit.spans[-1].file
-        bases.append(rows_of.get(unit.spans[0].file, 0))
-        rows_of[last] = rows_of.get(last, 0) + record.rows
-    return bases
 
 
 def _parts(
@@ -130,26 +117,6 @@ def _build(
         write_durably(paths[todo[done]], json.dumps(asdict(result)))
         run.progress.note(f"{result.name}: {result.num_tokens:,} tokens", every_s=10)
     return [ShardRecord(**json.loads(path.read_bytes())) for path in paths]
-
-
-def _write_rejects(
-    run: Run, records: Sequence[UnitRecord], bases: Sequence[int], folder: Path
-) -> dict[str, int]:
-    """List the rejected rows of all units by their line in the whole file; their counts."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / REJECTS, "wb") as listing:
-        for unit, base in zip(run.units, bases, strict=True):
-            for place in _lines(run.unit_folder / unit.key / REJECTS):
-                place["line"] += base
-                listing.write(orjson.dumps(place) + b"\n")
-        listing.flush()
-        os.fsync(listing.fileno())
-    return total_rejects(records)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as stream:
-        yield from map(orjson.loads, stream)
 
 
 def _manifest(

@@ -21,7 +21,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_tools.corpus import find_files, read_documents
+from data_tools.corpus import read_documents
+from data_tools.input_files import find_files
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
 
@@ -60,7 +61,7 @@ def train_tokenizer(
     reserved = NUM_RESERVED + len(special_tokens)
     if vocab_size <= reserved:
         raise DataError(f"vocab_size {vocab_size}: the control tokens and bytes take {reserved}")
-    files = find_files(inputs)
+    files = find_files(inputs).files
     if len(files) > _MAX_FILES:
         files = sorted(random.Random(seed).sample(files, _MAX_FILES))
     samples = (

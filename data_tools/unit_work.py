@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -28,6 +28,7 @@ from data_tools.documents import FILTERED, Document, Preparation
 from data_tools.engines import Engine, SpecialTokenFound, load_engine
 from data_tools.formats import open_rows
 from data_tools.options import Options
+from data_tools.rows import EMPTY_FILES, NO_LOSS, Row, Span
 from data_tools.staging import SPLITS
 from data_tools.workers import Desk
 from megatron_curr.data.idx_format import token_dtype
@@ -41,8 +42,10 @@ RECORD = "unit.json"
 REJECTS = "rejects.jsonl"
 # Text tokenised at once: gigatoken is 10 to 20 % faster so than by 2M or 60M characters.
 _BATCH_CHARS = 8_000_000
+_BATCH_REJECTS = 10_000
+_LISTED_FIELDS = 20
 _NOTHING = np.empty(0, np.uint32)
-COUNTERS = ("bytes", "tokens", "documents", "rejects")
+COUNTERS = ("bytes", "tokens", "rows", "rejects")
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,20 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """What one finished unit holds. ``rows`` is the rows read of its last file, bad ones too."""
+    """What one finished unit holds. ``rows`` is the rows read of its last file, bad ones too;
+    ``passed_over`` counts by reason what gives no document and loses none."""
 
     rows: int
     read_bytes: int
     rejects: dict[str, int]
+    passed_over: dict[str, int]
     filtered: int
+    mended: int
     shards: dict[str, ShardRecord]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards.values())
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -76,12 +86,12 @@ class UnitRecord:
         return cls(**content, shards=shards)
 
 
-def total_rejects(records: Sequence[UnitRecord]) -> dict[str, int]:
-    """Rejected rows by reason, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for record in records:
-        counts.update(record.rejects)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by reason, the most frequent first."""
+    summed: Counter[str] = Counter()
+    for count in counts:
+        summed.update(count)
+    return dict(sorted(summed.items(), key=lambda item: (-item[1], item[0])))
 
 
 @dataclass(slots=True)
@@ -101,12 +111,15 @@ class _Reader:
     options: Options
     preparation: Preparation
     rejects: Counter[str] = field(default_factory=Counter)
+    passed_over: Counter[str] = field(default_factory=Counter)
     filtered: int = 0
+    mended: int = 0
     rows: int = 0
     read_bytes: int = 0
     listing: Any = None
 
-    def places(self) -> Iterator[_Place]:
+    def places(self) -> Iterator[_Place | None]:
+        """Documents; ``None`` where many rows were rejected and it is time to say so."""
         fields = self.options.needed_fields
         for span in self.unit.spans:
             self.rows = 0
@@ -118,23 +131,39 @@ class _Reader:
                 if isinstance(found, dict):
                     made = self.preparation.document(found)
                     if isinstance(made, Document):
+                        self.mended += row.is_mended
                         yield _Place(made, span.file, row.line)
                         continue
                     found = made
                 if found == FILTERED:
                     self.filtered += 1
-                    continue
-                self.rejects[found] += 1
-                place = {"file": span.file, "line": row.line, "byte_offset": row.byte_offset}
-                self.listing.write(orjson.dumps({**place, "reason": found}) + b"\n")
+                elif found in NO_LOSS:
+                    self.passed_over[found] += 1
+                else:
+                    self.rejects[found] += 1
+                    self._list(span, found, row)
+                    if self.rejects.total() % _BATCH_REJECTS == 0:
+                        yield None
+            if not self.rows and span.end is None:
+                self.passed_over[EMPTY_FILES] += 1
+                self._list(span, EMPTY_FILES, Row(0, 0, EMPTY_FILES, 0))
+
+    def _list(self, span: Span, reason: str, row: Row) -> None:
+        """Add to the list of rejected rows; ``first`` is where the span begins."""
+        place: dict[str, Any] = {"file": span.file, "line": row.line, "reason": reason}
+        place |= {"byte_offset": row.byte_offset, "first": span.first}
+        if isinstance(row.content, dict):
+            place["fields"] = list(row.content)[:_LISTED_FIELDS]
+        self.listing.write(orjson.dumps(place) + b"\n")
 
     def batches(self) -> Iterator[list[_Place]]:
         batch: list[_Place] = []
         num_chars = 0
         for place in self.places():
-            batch.append(place)
-            num_chars += len(place.document.text)
-            if num_chars >= _BATCH_CHARS:
+            if place is not None:
+                batch.append(place)
+                num_chars += len(place.document.text)
+            if place is None or num_chars >= _BATCH_CHARS:
                 yield batch
                 batch, num_chars = [], 0
         yield batch
@@ -191,7 +220,7 @@ def _write_unit(job: Job, unit: Unit, folder: Path, desk: Desk) -> UnitRecord:
     tokenizer, engine, preparation = _tools(job)
     dtype = token_dtype(tokenizer.vocab_size)
     reader = _Reader(unit, job.options, preparation)
-    told_bytes = told_rejects = 0
+    told_bytes = told_rows = told_rejects = num_documents = 0
     with ExitStack() as stack:
         reader.listing = stack.enter_context(open(folder / REJECTS, "wb"))
         sides = {split: _Side(folder / split, dtype, job.options, stack) for split in SPLITS}
@@ -201,12 +230,24 @@ def _write_unit(job: Job, unit: Unit, folder: Path, desk: Desk) -> UnitRecord:
                 places = [p for p in batch if p.document.held_out == (split == "heldout")]
                 if places:
                     tokens += side.add(places, engine, tokenizer.eod_id, preparation.meta_ids)
-            rejects = sum(reader.rejects.values())
-            desk.add((reader.read_bytes - told_bytes, tokens, len(batch), rejects - told_rejects))
-            told_bytes, told_rejects = reader.read_bytes, rejects
+            num_documents += len(batch)
+            rejects = reader.rejects.total()
+            rows = num_documents + reader.filtered + rejects
+            reader.listing.flush()  # whoever stops the run for the rejects lists them
+            read_bytes = reader.read_bytes - told_bytes
+            desk.add((read_bytes, tokens, rows - told_rows, rejects - told_rejects))
+            told_bytes, told_rows, told_rejects = reader.read_bytes, rows, rejects
         shards = {split: side.finish() for split, side in sides.items()}
     desk.add((unit.num_bytes - told_bytes, 0, 0, 0))
-    return UnitRecord(reader.rows, unit.num_bytes, dict(reader.rejects), reader.filtered, shards)
+    return UnitRecord(
+        rows=reader.rows,
+        read_bytes=unit.num_bytes,
+        rejects=dict(reader.rejects),
+        passed_over=dict(reader.passed_over),
+        filtered=reader.filtered,
+        mended=reader.mended,
+        shards=shards,
+    )
 
 
 class _Side:

@@ -26,7 +26,11 @@ _NO_TASK = -1
 _desk: Desk | None = None
 
 
-class WorkerDied(Exception):
+class WorkFailed(Exception):
+    """The command was right and its work could not be done; what was finished is kept."""
+
+
+class WorkerDied(WorkFailed):
     """A worker process ended without an answer: killed from outside, or out of memory."""
 
 
@@ -191,9 +195,9 @@ class Workers:
         for number, task in enumerate(tasks):
             try:
                 result: Result | Exception = function(task, desk)
+                on_tick()
             except Exception as error:
                 result = error
-            on_tick()
             yield number, result
 
     def __enter__(self) -> Workers:

@@ -18,14 +18,14 @@ from megatron_curr.cli.work import (
     TaskNumber,
     option,
     submit_here,
-    told_death,
+    told_failure,
 )
 
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders, globs or @list files: jsonl, text (each also .gz, .zst), parquet, "
-        "arrow, webdataset tar."
+        help="Files, folders, globs or @list files: JSON, text, webdataset tar (each also .gz, "
+        ".bz2, .xz, .zst), parquet, arrow."
     ),
 ]
 Shards = Annotated[
@@ -49,7 +49,9 @@ ShardTokens = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
 _CORPUS, _CHANGE = "Which documents", "What is done to them"
 
-TextField = Annotated[str, option(_CORPUS, help="The field that holds the text.")]
+TextField = Annotated[
+    str, option(_CORPUS, help="The field that holds the text; meta.text is text inside of meta.")
+]
 Metadata = Annotated[
     list[str] | None,
     option(
@@ -77,7 +79,15 @@ TextByLine = Annotated[
     bool,
     option(_CORPUS, "--text-by-line", help="A text file is a document a line, not one document."),
 ]
-MaxRejectFrac = Annotated[float, option(_CORPUS, help="Stop when more rows than this are bad.")]
+MaxRejected = Annotated[
+    float,
+    option(
+        _CORPUS,
+        "--max-rejected",
+        "--max-reject-frac",
+        help="Fail where more than this share of the rows gives no document; 0.01 is 1 %.",
+    ),
+]
 SpecialTokens = Annotated[
     str,
     option(
@@ -146,7 +156,7 @@ def preprocess(
     deduplicate: Deduplicate = False,
     max_document_bytes: MaxDocumentBytes = 32 << 20,
     text_by_line: TextByLine = False,
-    max_reject_frac: MaxRejectFrac = 0.1,
+    max_rejected: MaxRejected = 0.01,
     special_tokens: SpecialTokens = "text",
     template: Template = None,
     normalize: Normalize = None,
@@ -181,7 +191,7 @@ def preprocess(
     settings: dict[str, Any] = {
         "num_workers": workers,
         "unit_bytes": unit_bytes,
-        "max_reject_frac": max_reject_frac,
+        "max_rejected_frac": max_rejected,
         "engine": engine,
         "task": task,
         "num_tasks": num_tasks,
@@ -200,7 +210,7 @@ def _preprocess_here(
     from data_tools.preprocess_text import Options, RunSettings
     from data_tools.preprocess_text import preprocess as write_shards
 
-    with told_death():
+    with told_failure():
         summary = write_shards(
             **what,
             options=Options(**options),
@@ -305,7 +315,7 @@ def merge_shards(
     """Join the shards of folders that share a tokenizer, document tables included."""
     from data_tools.merge_shards import recut_shards
 
-    with told_death():
+    with told_failure():
         made = recut_shards(inputs, output, shard_tokens=shard_tokens, num_workers=workers)
     typer.echo(f"{output}: {len(made.shards):,} shards, {made.num_tokens:,} tokens")
 
@@ -323,6 +333,6 @@ def split_shards(
     """Cut shards to another size; the documents and their order stay."""
     from data_tools.merge_shards import recut_shards
 
-    with told_death():
+    with told_failure():
         made = recut_shards([shards], output, shard_tokens=shard_tokens, num_workers=workers)
     typer.echo(f"{output}: {len(made.shards):,} shards, {made.num_tokens:,} tokens")

@@ -18,7 +18,7 @@ from megatron_curr.cli.work import (
     SlurmArray,
     TaskNumber,
     submit_here,
-    told_death,
+    told_failure,
 )
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _preprocess_here(
 ) -> None:
     from data_tools.preprocess_video import preprocess_video as write_shards
 
-    with told_death():
+    with told_failure():
         summary = write_shards(**what, **where, **how, show_progress=not as_json)
     typer.echo(summary.json() if as_json else summary.text())
 

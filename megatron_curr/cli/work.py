@@ -39,14 +39,14 @@ ClusterProfile = Annotated[
 
 
 @contextmanager
-def told_death() -> Iterator[None]:
-    """Exit code 1 and one message where a worker died."""
-    from data_tools.workers import WorkerDied
+def told_failure() -> Iterator[None]:
+    """Exit code 1 and one message where a worker died or too much was rejected."""
+    from data_tools.workers import WorkFailed
 
     try:
         yield
-    except WorkerDied as death:
-        typer.echo(f"error: {death}", err=True)
+    except WorkFailed as failure:
+        typer.echo(f"error: {failure}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -19,7 +19,7 @@ def preprocessed(tmp_path: Path, rows: list[dict[str, Any]], **options: object):
     """(summary, table rows with their ``ids``, manifest options) of some rows, none held out."""
     corpus = tmp_path / "in.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = run([corpus], tmp_path / "x", heldout_frac=0, max_reject_frac=1.0, **options)
+    summary = run([corpus], tmp_path / "x", heldout_frac=0, max_rejected_frac=1.0, **options)
     shard = open_shards(tmp_path / "x" / "train").shards[0]
     table = pq.read_table(shard.prefix.with_name(shard.name + ".documents.parquet")).to_pylist()
     for row in table:

@@ -12,6 +12,7 @@ import pytest
 
 from data_tools.documents import is_held_out
 from data_tools.preprocess_text import Options, RunSettings, preprocess
+from data_tools.rejections import TooManyRejected
 from data_tools.train_tokenizer import train_tokenizer
 from megatron_curr.cli import main
 from megatron_curr.data import shard_writer
@@ -99,12 +100,11 @@ def test_bad_rows_are_counted_and_listed_and_the_next_is_read(tmp_path: Path) ->
     ]
     corpus = tmp_path / "a.jsonl"
     corpus.write_bytes(b"\n".join(lines))
-    how = {"heldout_frac": 0, "max_reject_frac": 1.0, "max_document_bytes": 60}
+    how = {"heldout_frac": 0, "max_rejected_frac": 1.0, "max_document_bytes": 60}
     summary = run([corpus], tmp_path / "a", **how)
     assert summary.documents["train"] == 2
     listed = [json.loads(line) for line in (tmp_path / "a" / "rejects.jsonl").open()]
     assert [(row["line"], row["reason"]) for row in listed] == [
-        (2, "blank line"),
         (3, "empty text"),
         (4, "no field 'text'"),
         (5, "field 'text' is not text"),
@@ -117,8 +117,9 @@ def test_bad_rows_are_counted_and_listed_and_the_next_is_read(tmp_path: Path) ->
     content = corpus.read_bytes()
     for row in listed:
         assert content[row["byte_offset"] :].startswith(lines[row["line"] - 1])
-    assert sum(summary.rejects.values()) == 9
-    assert "rejected rows: " in summary.text()
+    assert listed[1]["fields"] == ["body"] and "first" not in listed[0]
+    assert sum(summary.rejects.values()) == 8 and summary.passed_over == {"blank lines": 1}
+    assert "rejected rows: " in summary.text() and "passed over: 1 blank lines" in summary.text()
     manifest = read_manifest(tmp_path / "a" / "train")
     assert manifest is not None and manifest.tokenizer is not None
     assert manifest.tokenizer.sha256 == small_tokenizer().sha256
@@ -129,31 +130,61 @@ def test_bad_rows_are_counted_and_listed_and_the_next_is_read(tmp_path: Path) ->
 
     # In parts shorter than a line the same is found, and listed by its line in the whole file.
     cut = run([corpus], tmp_path / "cut" / "a", unit_bytes=12, **how)
-    assert cut.rejects == summary.rejects
+    assert (cut.rejects, cut.passed_over) == (summary.rejects, summary.passed_over)
     assert (tmp_path / "cut/a/rejects.jsonl").read_bytes() == (
         tmp_path / "a/rejects.jsonl"
     ).read_bytes()
-    with pytest.raises(DataError, match="9 of 11 rows rejected, more than --max-reject-frac"):
-        run([corpus], tmp_path / "b", **{**how, "max_reject_frac": 0.5})
-    assert not (tmp_path / "b").exists()
+    with pytest.raises(TooManyRejected, match=r"8 of 10 rows rejected \(.*--max-rejected 0.5"):
+        run([corpus], tmp_path / "b" / "a", **{**how, "max_rejected_frac": 0.5})
+    assert not (tmp_path / "b" / "a").exists()
+    kept = tmp_path / "b" / "a.partial" / "rejects.jsonl"
+    assert kept.read_bytes() == (tmp_path / "a" / "rejects.jsonl").read_bytes()
+    again = run([corpus], tmp_path / "b" / "a", **how)  # a raised limit goes on from there
+    assert (again.units, again.units_kept, again.documents["train"]) == (1, 1, 2)
 
 
 def test_a_run_that_goes_wrong_stops_before_its_end(tmp_path: Path) -> None:
     corpus = tmp_path / "a.jsonl"
-    corpus.write_text("no json\n" * 4_000 + '{"text": "fine"}\n' * 4_000)
-    with pytest.raises(DataError, match="1,000 of 1,000 rows rejected"):
-        run([corpus], tmp_path / "a", unit_bytes=4_000, max_reject_frac=0.6)
-    assert len(list((tmp_path / "a.partial" / "units").iterdir())) < 3
+    corpus.write_text("no json at all\n" * 3_000 + '{"text": "fine"}\n' * 7_000)
+    size = corpus.stat().st_size
+    with pytest.raises(TooManyRejected, match=r"so far rejected .* invalid JSON") as stopped:
+        run([corpus], tmp_path / "a", unit_bytes=size // 50, max_rejected_frac=0.1)
+    assert 2 < len(list((tmp_path / "a.partial" / "units").iterdir())) < 9
     assert not (tmp_path / "a").exists()
+    listing = tmp_path / "a.partial" / "rejects.jsonl"
+    assert str(listing) in str(stopped.value)
+    listed = [json.loads(line) for line in listing.open()]
+    assert 1_000 <= len(listed) < 3_000 and {row["reason"] for row in listed} == {"invalid JSON"}
+    assert [row["line"] for row in listed[:3]] == [1, 2, 3] and listed[-1]["line"] is None
+    assert [row["byte_offset"] for row in listed] == [15 * n for n in range(len(listed))]
+    # Where the rest is good, the same beginning is no more than the run stands.
+    run([corpus], tmp_path / "a", unit_bytes=size // 50, max_rejected_frac=0.3)
+    assert open_shards(tmp_path / "a" / "train").num_documents > 6_000
+
+
+def test_a_field_that_is_not_there_is_told_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for count in (5, 1_200):
+        corpus = tmp_path / f"{count}.jsonl"
+        corpus.write_text("".join(f'{{"content": "{n}", "id": {n}}}\n' for n in range(count)))
+        for workers in ("1", "2"):
+            command = ["preprocess", str(corpus), "--tokenizer", str(small_tokenizer().path)]
+            command += ["--workers", workers, "--output", str(tmp_path / "a")]
+            assert main(command) == 1
+            told = capsys.readouterr().err
+            listing = tmp_path / "a.partial" / "rejects.jsonl"
+            assert f"{count:,} no field 'text'" in told and "has the fields content, id" in told
+            assert str(listing) in told and len(listing.read_bytes().splitlines()) == count
 
 
 def test_wrong_input_writes_nothing(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3])
-    (tmp_path / "bad.jsonl").write_text("no json\n")
+    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.docx").write_text("x")
     for inputs, message in (
-        ([tmp_path / "bad.jsonl"], r"no document to train on \(rejected: 1 invalid JSON"),
+        ([tmp_path / "empty.jsonl"], "no document to train on; the input is empty, 0 bytes"),
         ([tmp_path / "none.jsonl"], "no such file or folder"),
         ([tmp_path / "folder"], "no .jsonl"),
         ([tmp_path / "*.parquet"], "no file matches"),
@@ -193,7 +224,7 @@ def test_shards_are_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="already there, from other input or options"):
         run([corpus], tmp_path / "a", heldout_frac=0.3)
     (tmp_path / "bad.jsonl").write_text("no json\n")
-    with pytest.raises(DataError, match="no document"):
+    with pytest.raises(TooManyRejected, match="1 of 1 rows rejected"):
         run([tmp_path / "bad.jsonl"], tmp_path / "a", overwrite=True)
     assert everything_in(tmp_path / "a") == before
     run([write_jsonl(corpus, TEXTS)], tmp_path / "a", overwrite=True)

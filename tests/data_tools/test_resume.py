@@ -26,12 +26,13 @@ HOW = {
     "metadata": ("id:int",),
     "metadata_prefix": ("id",),
     "deduplicate": True,
+    "max_rejected_frac": 0.05,
 }
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """Large and small files, repetitions and bad rows."""
+    """Large and small files, repetitions and, with ``HOW``, no more bad rows than a run stands."""
     large = write_jsonl(tmp_path / "a.jsonl", TEXTS[:150])
     with large.open("a") as stream:
         stream.write("no json\n" + '{"text": 1}\n')
