@@ -33,6 +33,7 @@ def recut_shards(
     if shard_tokens <= 0:
         raise DataError(f"shard_tokens {shard_tokens}: must be positive")
     prefixes = [shard.prefix for given in inputs for shard in open_shards(given).shards]
+    _check_different(prefixes)
     headers = [read_header(prefix) for prefix in prefixes]
     known = _manifests(prefixes)
     dtype, tokenizer = _in_common(inputs, {str(header.dtype) for header in headers}, known)
@@ -69,6 +70,19 @@ def recut_shards(
     write_manifest(staging, manifest)
     os.rename(staging, output)
     return manifest
+
+
+def _check_different(prefixes: Sequence[Path]) -> None:
+    """Raise ``DataError`` for a shard that would be in the output twice."""
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        place = prefix.resolve()
+        if place in seen:
+            raise DataError(
+                f"{prefix}: given twice, so its documents would be there twice; list it once "
+                "(a source is read several times with max_epochs)"
+            )
+        seen.add(place)
 
 
 def _manifests(prefixes: Sequence[Path]) -> list[Manifest]:

@@ -7,6 +7,7 @@ goes on where it stood.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -138,12 +139,13 @@ def _run_steps(demo: Demo) -> None:
     with demo.telling("one page about the run"):
         page = write_report(demo.run)
         demo.say(f"{page} ({format_bytes(page.stat().st_size)})")
+    trace = f"megatron-curr trace {shlex.quote(str(demo.run))} --token 300k --text"
     demo.console.print(
         f"\n[bold green]done[/] in {format_duration(time.monotonic() - began_s)}.  Look at:\n"
         f"  {page}   in a browser\n"
         f"  {demo.run / 'hf' / 'README.md'}   the model card\n"
         f"  {recipe_path}   the recipe\n"
-        f"  megatron-curr trace {demo.run} --token 300k --text   what the model read there",
+        f"  {trace}   what the model read there",
         soft_wrap=True,
     )
 
@@ -198,10 +200,12 @@ def train(demo: Demo, recipe_path: Path, *, ranks: int, stop_at_tokens: int | No
         demo.say(f"{demo.run} is at token {state.consumed_tokens:,} already")
         return
     layout = ONE_RANK if ranks == 1 else ()
-    arguments = [f"--ranks {ranks}", *(f"--set {override}" for override in layout)]
+    words = ["megatron-curr", "train", str(recipe_path), "--ranks", str(ranks)]
+    for override in layout:
+        words += ["--set", override]
     if stop_at_tokens is not None:
-        arguments.append(f"--stop-at {stop_at_tokens}")
-    demo.say(f"[dim]$ megatron-curr train {recipe_path} {' '.join(arguments)}[/]")
+        words += ["--stop-at", str(stop_at_tokens)]
+    demo.say(f"[dim]$ {shlex.join(words)}[/]")
     code = launch_training(
         recipe_path, [*demo.overrides, *layout], ranks, stop_at_tokens=stop_at_tokens
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +92,13 @@ def run_video_demo(
     except DemoFailed as error:
         demo.console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
         return 1
+    sample = f"megatron-curr sample {shlex.quote(str(demo.run))}"
     demo.console.print(
         f"\n[bold green]done[/] in {format_duration(time.monotonic() - began_s)}.  Look at:\n"
         f"  {sheet}   what the model draws\n"
         f"  {page}   in a browser\n"
         f"  {recipe_path}   the recipe\n"
-        f'  megatron-curr sample {demo.run} --prompt "a blue circle moves up"   more of it',
+        f'  {sample} --prompt "a blue circle moves up"   more of it',
         soft_wrap=True,
     )
     return 0
@@ -140,7 +142,7 @@ def train(demo: VideoDemo, recipe_path: Path) -> None:
     """Train to the end, from where the run stands."""
     if RunFolder(demo.run).newest_state() is not None:
         demo.say(f"{demo.run} is there already and goes on from its newest checkpoint")
-    demo.say(f"[dim]$ megatron-curr train {recipe_path} --ranks {RANKS}[/]")
+    demo.say(f"[dim]$ megatron-curr train {shlex.quote(str(recipe_path))} --ranks {RANKS}[/]")
     code = launch_training(recipe_path, demo.overrides, RANKS)
     if code:
         raise DemoFailed(f"training ended with exit code {code}; see {demo.run / 'logs'}")

@@ -176,8 +176,8 @@ def trace_command(
 ) -> Iterator[str]:
     """The lines that ``megatron-curr trace`` prints, one a sample.
 
-    ``token`` replaces ``position`` by the sample that consumes that token. With ``document``, every
-    sample that reads it, from the first, whatever ``position`` and ``count``. Raises ``UserError``.
+    With ``token`` they begin at the sample that consumes it, not at ``position``; with ``document``
+    they are all that read it, from the first. Raises ``UserError``.
     """
     trace = open_trace(target, overrides)
     if document is not None:

@@ -89,12 +89,43 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["train", "--help"], ["schema"], ["trace", "--help"]])
-def test_light_verbs_start_without_torch(verb: list[str]) -> None:
+def run_without_torch(*verb: str) -> subprocess.CompletedProcess[str]:
+    """A verb in a process of its own, which fails with 99 where it has loaded torch."""
     program = (
         "import sys; from megatron_curr.cli import main; code = main(sys.argv[1:]); "
         "loaded = {'torch', 'transformers', 'megatron'} & set(sys.modules); "
-        "sys.exit(code or (f'loaded {loaded}' if loaded else 0))"
+        "loaded and print(loaded, file=sys.stderr); sys.exit(99 if loaded else code)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["train", "--help"], ["schema"], ["trace", "--help"]])
+def test_light_verbs_start_without_torch(verb: list[str]) -> None:
+    done = run_without_torch(*verb)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", [["convert", "runs/nope", "out"], ["merge", "out", "a", "b"]])
+def test_what_is_not_there_is_told_before_torch_is_loaded(verb: list[str]) -> None:
+    done = run_without_torch(*verb)
+    assert done.returncode == 2, done.stderr
+    assert "no such folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--token", "900", "--position", "0"],
+        ["--token", "900", "--document", "a:0"],
+        ["--position", "3", "--document", "a:0"],
+        ["--count", "2", "--document", "a:0"],
+    ],
+)
+def test_options_of_trace_that_contradict_each_other_are_refused(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", "recipe.yaml", *options]) == 2
+    words = " and ".join(" ".join(options[i : i + 2]) for i in (0, 2))
+    found = capsys.readouterr().err
+    assert "they contradict each other; give one of them" in found
+    assert all(word in found for word in words.split())

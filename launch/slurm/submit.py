@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -56,7 +57,7 @@ class Submitted:
         if self.job_id is None:
             return self.script
         submission = self.submission
-        folder = submission.run_folder
+        folder = shlex.quote(submission.run_folder)
         return (
             f"job {self.job_id} is in the queue: {submission.num_nodes} x "
             f"{submission.ranks_per_node} ranks in {submission.partition}\n"
@@ -194,8 +195,9 @@ def _refuse_second_job(run_folder: Path) -> None:
     if jobs:
         listed = ", ".join(f"{job.job_id} ({job.state.lower()})" for job in jobs)
         raise CheckpointError(
-            f"{run_folder}: this run has jobs already: {listed}; watch them with megatron-curr "
-            f"status {run_folder}, or end them with scancel --name={job_name(run_folder)}"
+            f"{run_folder}: this run has jobs already: {listed}; watch them with "
+            f"megatron-curr status {shlex.quote(str(run_folder))}, or end them with "
+            f"scancel --name={job_name(run_folder)}"
         )
     newest = incarnations(run_folder)[-1:]
     claim = newest[0].claim if newest else None

@@ -12,6 +12,7 @@ import typer
 from megatron_curr.cli.app import app
 from megatron_curr.cli.work import ClusterProfile, cluster_profile
 from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.recipe.problems import did_you_mean
 
 if TYPE_CHECKING:
     from launch.slurm.profile import Profile
@@ -85,6 +86,7 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, or a Hugging Face folder as a checkpoint."""
+    _check_there(source)
     how = _How(to, dtype, weights, architecture, chat_template, verify, trust_pickle)
     if slurm_array is not None and not every_checkpoint:
         raise RecipeError("--slurm-array: is for --every-checkpoint, an element for each")
@@ -133,6 +135,16 @@ class _How:
         if self.verify is not None:
             words.append("--verify" if self.verify else "--no-verify")
         return [*words, *(["--trust-pickle"] if self.trust_pickle else [])]
+
+
+def _check_there(*sources: Path) -> None:
+    """Raise ``CheckpointError`` for what is not there at all, before the slow imports."""
+    for source in sources:
+        if not source.exists():
+            beside = sorted(path.name for path in source.parent.glob("[!.]*") if path.is_dir())
+            hint = did_you_mean(source.name, beside, what=f"folders of {source.parent}")
+            hint = hint if beside else "give a run, a checkpoint or a model folder"
+            raise CheckpointError(f"{source}: no such folder; {hint}")
 
 
 def _convert(source: Path, output: Path, how: _How) -> Conversion:
@@ -204,14 +216,18 @@ def merge(
         ),
     ] = "average",
     by: Annotated[
-        float, typer.Option(help="How far to go; how much of the residual to add.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="How far to go; how much of the residual to add. Default: 1; not for average."
+        ),
+    ] = None,
     to: ToOption = "hf",
     dtype: DtypeOption = None,
     trust_pickle: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Combine checkpoints of one architecture into one, streaming."""
+    _check_there(*sources)
     from megatron_curr.convert.merge import merge as merged
     from megatron_curr.convert.run_conversion import convert_source
     from megatron_curr.convert.source import open_source

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_curr.cli.app import AsJson, Overrides, RunFolder, app, count
+from megatron_curr.errors import RecipeError
 
 
 @app.command(epilog="Example: megatron-curr report runs/demo_text")
@@ -22,15 +23,17 @@ def report(run: RunFolder) -> None:
 @app.command(epilog="Example: megatron-curr trace configs/demo_text.yaml --token 900k --count 4")
 def trace(
     target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe or a run.")],
-    position: Annotated[int, typer.Option(min=0, help="First sample, counted from 0.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
+    position: Annotated[
+        int | None, typer.Option(min=0, help="First sample, counted from 0. Default: 0.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="How many samples. Default: 1.")] = None,
     token: Annotated[
         int | None,
-        typer.Option(parser=count, metavar="TOKENS", help="Start at this token instead."),
+        typer.Option(parser=count, metavar="TOKENS", help="Start at the sample of this token."),
     ] = None,
     document: Annotated[
         str | None,
-        typer.Option(metavar="SHARD:I", help="When is document I of this shard read?"),
+        typer.Option(metavar="SHARD:I", help="Every sample that reads document I of this shard."),
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Decode the samples as well.")] = False,
     as_json: AsJson = False,
@@ -39,10 +42,12 @@ def trace(
     """Say which documents a sample is made of, or when a document is read; builds no model."""
     from megatron_curr.trace import trace_command
 
+    _refuse_together({"--position": position, "--token": token, "--document": document})
+    _refuse_together({"--count": count, "--document": document})
     lines = trace_command(
         target,
-        position=position,
-        count=count,
+        position=position or 0,
+        count=count or 1,
         token=token,
         document=document,
         text=text,
@@ -51,6 +56,13 @@ def trace(
     )
     for line in lines:
         typer.echo(line)
+
+
+def _refuse_together(options: dict[str, object]) -> None:
+    """Raise ``RecipeError`` where two options that say the same are given."""
+    given = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)}: they contradict each other; give one of them")
 
 
 @app.command(epilog="Example: megatron-curr doctor configs/demo_text.yaml")

@@ -64,7 +64,7 @@ def merge(
     sources: Sequence[Source],
     *,
     method: Method,
-    by: float,
+    by: float | None = None,
     pieces_of: Callable[[Source], object] = lambda source: source.pieces(source.family()),
 ) -> Source:
     """One source out of several.
@@ -72,15 +72,21 @@ def merge(
     ``average`` takes any number alike. ``linear`` and ``spherical`` go the part ``by`` of the way
     from the first to the second; spherical along the arc between them (Shoemake 1985), so that the
     norm of a weight does not shrink. ``residual`` adds ``by`` times (second - third) to the first:
-    a tuned model less the base it was tuned from, onto another base. ``pieces_of`` raises for
-    tensors that are not the model's. Raises ``RecipeError`` for another number of sources and
-    ``CheckpointError`` for sources of different models.
+    a tuned model less the base it was tuned from, onto another base. ``by`` is 1 by default.
+    ``pieces_of`` raises for tensors that are not the model's. Raises ``RecipeError`` for another
+    number of sources, or one given twice, and ``CheckpointError`` for sources of different models.
     """
     wanted = _COUNTS.get(method)
     if (wanted and len(sources) != wanted) or len(sources) < 2:
         raise RecipeError(
             f"--method {method}: takes {wanted or 'two or more'} sources, {len(sources)} are given"
         )
+    if method == "average" and by is not None:
+        raise RecipeError(
+            f"--by {by:g}: an average takes all alike; leave it out, or use --method linear"
+        )
+    _check_different(sources)
+    by = 1.0 if by is None else by
     first = sources[0]
     for source in sources:
         pieces_of(source)  # are its tensors what they should be?
@@ -144,6 +150,17 @@ class _Spherical:
 
 def _rows_at_once(width: Sequence[int], num_sources: int) -> int:
     return max(_VALUES_AT_ONCE // num_sources // math.prod(width), 1)
+
+
+def _check_different(sources: Sequence[Source]) -> None:
+    """A run and its newest checkpoint are the same, too: a source stands for what is read."""
+    places = [source.path.resolve() for source in sources]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise RecipeError(
+                f"{sources[number].path}: given twice; a model merged with itself is itself, so "
+                "give another checkpoint in its place"
+            )
 
 
 def _check_same_model(first: Source, other: Source) -> None:

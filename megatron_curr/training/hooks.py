@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 
@@ -101,7 +102,8 @@ class StopOnNonFinite(Quiet):
             return
         self._refused = [*self._refused, plan][-self._limit :]
         first, end = self._refused[0].position, plan.position + plan.num_samples
-        trace = f"megatron-curr trace {run.folder.path} --position {first} --count {end - first}"
+        place = shlex.quote(str(run.folder.path))
+        trace = f"megatron-curr trace {place} --position {first} --count {end - first}"
         log.warning(
             "step %d: the loss or the gradient is not finite; the update is refused (%d in a row), "
             "weights stay as they were; samples %d to %d fed it",

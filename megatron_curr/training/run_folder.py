@@ -110,7 +110,7 @@ class RunFolder:
                 + "\n  What may change on resume: "
                 + ", ".join(MAY_CHANGE_ON_RESUME)
                 + "\n  The curriculum ahead, and sources, change with: "
-                f"megatron-curr amend {self.path} RECIPE"
+                f"megatron-curr amend {shlex.quote(str(self.path))} RECIPE"
             )
         return changes
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +49,7 @@ def tensors_of(paths: list[Path]) -> list[Tensors]:
     return [load_file(folder / name / "model.safetensors") for name in ("0", "1", "2")]
 
 
-def merged(paths: list[Path], output: Path, *, method: Method, by: float = 1.0) -> Tensors:
+def merged(paths: list[Path], output: Path, *, method: Method, by: float | None = None) -> Tensors:
     sources = [open_source(path) for path in paths]
     convert_source(merge(sources, method=method, by=by), output, to="hf")
     return load_file(output / "model.safetensors")
@@ -80,7 +82,7 @@ def test_spherical_keeps_to_the_arc(three: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_merge_may_be_a_checkpoint_and_says_what_it_is(three: list[Path], tmp_path: Path) -> None:
-    source = merge([open_source(path) for path in three], method="average", by=1.0)
+    source = merge([open_source(path) for path in three], method="average")
     done = convert_source(source, tmp_path / "checkpoint", to="checkpoint")
     assert "there is no second model, it is the average of" in done.verdict
     again = open_source(tmp_path / "checkpoint")
@@ -106,7 +108,10 @@ def test_memory_is_that_of_blocks_and_not_of_weights(
     weight_bytes = table.nbytes
     del tensors, table
 
-    source = merge([open_source(tmp_path / "big")] * 3, method="average", by=1.0)
+    copies = [tmp_path / "big", tmp_path / "second", tmp_path / "third"]
+    for copy in copies[1:]:
+        shutil.copytree(copies[0], copy, copy_function=os.link)
+    source = merge([open_source(path) for path in copies], method="average")
     with PeakMemory() as memory:
         convert_source(source, tmp_path / "out", to=to, verify=False)
     assert memory.most - memory.first < weight_bytes / 3
@@ -114,12 +119,24 @@ def test_memory_is_that_of_blocks_and_not_of_weights(
     assert found.shape == (1 << 20, 32) and bool((found == 1).all())
 
 
+def test_average_refuses_how_far_to_go(three: list[Path]) -> None:
+    with pytest.raises(RecipeError, match=r"--by 0.3: an average takes all alike"):
+        merge([open_source(path) for path in three], method="average", by=0.3)
+
+
+def test_model_is_not_merged_with_itself(three: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(three[0])
+    for method in ("average", "linear", "spherical"):
+        with pytest.raises(RecipeError, match="link: given twice"):
+            merge([open_source(three[0]), open_source(tmp_path / "link")], method=method)
+
+
 def test_other_numbers_and_other_models_are_refused(three: list[Path], tmp_path: Path) -> None:
     sources = [open_source(path) for path in three]
     with pytest.raises(RecipeError, match="linear: takes 2 sources, 3 are given"):
         merge(sources, method="linear", by=0.5)
     with pytest.raises(RecipeError, match="takes two or more sources, 1 are given"):
-        merge(sources[:1], method="average", by=1.0)
+        merge(sources[:1], method="average")
     save_toy("mistral", tmp_path / "mistral")
     with pytest.raises(CheckpointError, match="num_query_groups is 2 and in"):
-        merge([sources[0], open_source(tmp_path / "mistral")], method="average", by=1.0)
+        merge([sources[0], open_source(tmp_path / "mistral")], method="average")

@@ -84,6 +84,15 @@ def test_split_and_merge_give_the_same_bytes_back(tmp_path: Path, shards: Path) 
     assert main(both) == 2  # already there
 
 
+def test_shards_given_twice_are_not_merged(tmp_path: Path, shards: Path) -> None:
+    from data_tools.merge_shards import recut_shards
+
+    (tmp_path / "link").symlink_to(shards)
+    with pytest.raises(DataError, match="given twice, so its documents would be there twice"):
+        recut_shards([shards, tmp_path / "link"], tmp_path / "x", shard_tokens=1_000)
+    assert not (tmp_path / "x").exists()
+
+
 def test_shards_of_different_tokenizers_are_not_merged(tmp_path: Path, shards: Path) -> None:
     from data_tools.merge_shards import recut_shards
 
