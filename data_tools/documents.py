@@ -6,7 +6,7 @@ import hashlib
 import json
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
@@ -53,6 +53,8 @@ class Preparation:
             else list(dict.fromkeys(template_fields(options.template)))
         )
         self._control = options.control
+        self.bos_ids = tokenizer.bos_ids(options.bos)
+        self.bos_text = _bos_text(tokenizer, options.bos)
         special = tokenizer.special_tokens
         wanted = [*(self._control.tokens if self._control else ())]
         wanted += META_TOKENS if options.metadata_prefix else ()
@@ -141,6 +143,29 @@ class Preparation:
         names = self.options.metadata_prefix
         known = [name for name in names if content.get(name) is not None]
         return "".join(f"{name}: {_as_text(content[name])}\n" for name in known) or None
+
+
+def _bos_text(tokenizer: Tokenizer, wanted: str) -> str:
+    """What documents begin with and why, in one line."""
+    names = {number: token for token, number in tokenizer.special_tokens.items()}
+
+    def named(ids: Iterable[int]) -> str:
+        return " ".join(f"{names.get(number, 'token')} ({number})" for number in ids)
+
+    ids, own = tokenizer.bos_ids(wanted), tokenizer.own_bos_ids
+    if ids and wanted == "yes":
+        return f"documents begin with {named(ids)}, as --bos yes asks"
+    if ids:
+        return (
+            f"documents begin with {named(ids)}, as the tokenizer itself begins a text; --bos no "
+            "leaves it out"
+        )
+    if own:
+        return f"no BOS, as --bos no asks; the tokenizer itself begins a text with {named(own)}"
+    if tokenizer.bos_id is None:
+        return "no BOS before documents: the tokenizer names none"
+    offer = named([tokenizer.bos_id])
+    return f"no BOS before documents: the tokenizer itself sets none; --bos yes sets {offer}"
 
 
 def is_held_out(digest: bytes, heldout_frac: float) -> bool:

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.document_table import table_path, table_schema
+from data_tools.unknown_text import Unknown
 from megatron_curr.data.idx_format import bin_path, idx_path, masked_path
-from megatron_curr.data.manifest import Manifest, ShardRecord, read_manifest
+from megatron_curr.data.manifest import Manifest, ShardRecord, TokenizerRecord, read_manifest
 from megatron_curr.data.shards import Shard, ShardSet, open_shards
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
@@ -41,6 +42,8 @@ class Inspection:
     dtype: str
     bin_bytes: int
     tokenizer: str | None
+    bos_ids: tuple[int, ...] = ()
+    unknown: Unknown = field(default_factory=Unknown)
     masked_tokens: int = 0
     histogram: dict[int, int] = field(default_factory=dict)
     metadata: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
@@ -60,6 +63,10 @@ class Inspection:
             f"{format_bytes(self.bin_bytes)}; {mean:,.0f} tokens a document",
             f"tokenizer: {self.tokenizer or 'not recorded'}",
         ]
+        if self.bos_ids:
+            lines.append(f"documents begin with: {' '.join(map(str, self.bos_ids))} (BOS)")
+        if self.unknown.tokens or self.unknown.characters:
+            lines.append(f"text lost: {self.unknown.text()}")
         if self.masked_tokens:
             lines.append(f"tokens without loss: {self.masked_tokens:,}")
         if self.rejected_rows:
@@ -107,6 +114,8 @@ def inspect_shards(
         tokenizer=f"{made.name}, {made.vocab_size:,} ids, sha256 {made.sha256[:16]}"
         if made
         else None,
+        bos_ids=made.bos_ids if made else (),
+        unknown=Unknown(**manifest.options.get("unknown", {})) if manifest else Unknown(),
         rejected_rows=dict(manifest.options.get("rejected_rows", {})) if manifest else {},
     )
     masked = [m for shard in shards.shards if (m := shard.masked_tokens) is not None]
@@ -187,16 +196,18 @@ def faults_of(spec: Path) -> Iterator[str]:
     manifest, or what carries no loss. Nothing where all is well. Raises ``DataError`` where they
     cannot even be opened."""
     shards = open_shards(spec)
-    records = {
-        folder / record.name: record
+    known = {
+        folder / record.name: (record, manifest.tokenizer)
         for folder in {shard.prefix.parent for shard in shards.shards}
         for manifest in [read_manifest(folder)]
         if manifest is not None
         for record in manifest.shards
     }
     for shard in shards.shards:
-        faults = [*_index_faults(shard), *_changed_files(shard, records.get(shard.prefix))]
+        record, tokenizer = known.get(shard.prefix, (None, None))
+        faults = [*_index_faults(shard), *_changed_files(shard, record)]
         yield from faults or _masked_faults(shard)
+        yield from faults or _bos_faults(shard, tokenizer)
 
 
 def _changed_files(shard: Shard, record: ShardRecord | None) -> Iterator[str]:
@@ -229,6 +240,21 @@ def _index_faults(shard: Shard) -> Iterator[str]:
         yield f"{idx_path(shard.prefix)}: documents do not follow each other"
     elif len(starts) and starts[-1] != shard.num_tokens:
         yield f"{idx_path(shard.prefix)}: documents end at {starts[-1]:,} of {shard.num_tokens:,}"
+
+
+def _bos_faults(shard: Shard, tokenizer: TokenizerRecord | None) -> Iterator[str]:
+    """Documents that do not begin as the manifest says."""
+    starts = shard.document_starts(0, shard.num_documents)
+    for place, bos_id in enumerate(tokenizer.bos_ids if tokenizer else ()):
+        at = starts[:-1] + place
+        other = int((at >= starts[1:]).sum()) + int(
+            (shard.tokens[at[at < starts[1:]]] != bos_id).sum()
+        )
+        if other:
+            yield (
+                f"{bin_path(shard.prefix)}: {other:,} documents lack the BOS {bos_id} that the "
+                "manifest names"
+            )
 
 
 def _masked_faults(shard: Shard) -> Iterator[str]:

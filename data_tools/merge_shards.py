@@ -94,11 +94,15 @@ def _in_common(
     inputs: Sequence[Path], dtypes: set[str], known: Sequence[Manifest]
 ) -> tuple[str, TokenizerRecord | None]:
     """Token type and tokenizer of all inputs. Raises ``DataError`` where they have several."""
-    tokenizers = {m.tokenizer.sha256: m.tokenizer for m in known if m.tokenizer is not None}
+    tokenizers = {
+        (m.tokenizer.sha256, m.tokenizer.bos_ids): m.tokenizer
+        for m in known
+        if m.tokenizer is not None
+    }
     if len(dtypes) > 1 or len(tokenizers) > 1:
         names = dtypes if len(dtypes) > 1 else {made.name for made in tokenizers.values()}
         raise DataError(
-            f"{', '.join(map(str, inputs))}: made with different tokenizers "
+            f"{', '.join(map(str, inputs))}: made with different tokenizers or --bos "
             f"({', '.join(sorted(names))}); shards of one source share one: preprocess the others "
             "again"
         )
@@ -109,7 +113,8 @@ def _shared_options(manifests: Sequence[Manifest]) -> dict[str, Any]:
     """What all inputs were made with, but not what names them as a whole."""
     if not manifests:
         return {}
-    first = {k: v for k, v in manifests[0].options.items() if k not in ("plan", "shard_tokens")}
+    left_out = ("plan", "shard_tokens", "unknown")
+    first = {k: v for k, v in manifests[0].options.items() if k not in left_out}
     return {
         key: value
         for key, value in first.items()

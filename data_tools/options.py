@@ -24,6 +24,7 @@ COLUMN_TYPES: Mapping[str, pa.DataType] = {
 NORMALISATIONS = ("nfc", "nfkc", "newlines", "strip")
 UNIT_BYTES = 64 << 20
 SPECIAL_TOKENS = ("text", "allow", "error")
+BOS = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Options:
     max_document_bytes: int = 32 << 20
     text_by_line: bool = False
     special_tokens: str = "text"
+    bos: str = "auto"
     template: str | None = None
     normalize: tuple[str, ...] = ()
     metadata_prefix: tuple[str, ...] = ()
@@ -98,6 +100,8 @@ class Options:
             raise DataError(
                 f"special_tokens {self.special_tokens!r}: must be {', '.join(SPECIAL_TOKENS)}"
             )
+        if self.bos not in BOS:
+            raise DataError(f"bos {self.bos!r}: must be {', '.join(BOS)}")
         unknown = set(self.normalize).difference(NORMALISATIONS)
         if unknown:
             raise DataError(f"normalize {min(unknown)!r}: known are {', '.join(NORMALISATIONS)}")
@@ -145,6 +149,7 @@ class RunSettings:
     num_workers: int = 1
     unit_bytes: int = UNIT_BYTES
     max_rejected_frac: float = 0.01
+    max_unknown_frac: float = 0.01
     engine: str = "auto"
     task: int | None = None
     num_tasks: int = 1
@@ -159,8 +164,9 @@ class RunSettings:
             )
         if self.task is not None and self.finish:
             raise DataError("--task and --finish: give one; --finish comes after all tasks")
-        if not 0 <= self.max_rejected_frac <= 1:
-            raise DataError(f"max_rejected_frac {self.max_rejected_frac}: must be from 0 to 1")
+        for name in ("max_rejected_frac", "max_unknown_frac"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"{name} {getattr(self, name)}: must be from 0 to 1")
 
 
 def template_fields(template: str) -> list[str]:

@@ -44,6 +44,7 @@ from data_tools.unit_work import (
     warm_up,
     work_on_unit,
 )
+from data_tools.unknown_text import Unknown, check_unknown
 from data_tools.workers import Workers
 from megatron_curr.data.manifest import FILE_NAME, read_manifest
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
@@ -75,6 +76,8 @@ class Summary:
     heldout_frac: float
     read_bytes: int
     elapsed_s: float
+    unknown: Unknown
+    bos: str
     engine: str
     state: str  # "done", "already done", or "task done"
     units: int
@@ -99,6 +102,8 @@ class Summary:
             lines.append(f"passed over: {told(self.passed_over)}")
         if self.filtered or self.duplicates:
             lines.append(f"left out: {self.filtered:,} filtered, {self.duplicates:,} duplicates")
+        if self.unknown.tokens or self.unknown.characters:
+            lines.append(f"text lost: {self.unknown.text()}")
         rate = self.read_bytes / max(self.elapsed_s, 1e-3) / 1e6
         kept = (
             f"; {self.units_kept:,} of {self.units:,} units were there" if self.units_kept else ""
@@ -255,6 +260,7 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
     workers.prepare(warm_up, job)
     run.verdict = check_engine(run, workers, job)
     run.progress.note(run.verdict.text())
+    run.progress.note(run.preparation.bos_text)
     job = replace(job, engine=run.verdict.engine)
     run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)
 
@@ -283,6 +289,7 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
 def _check_result(run: Run, records: Sequence[UnitRecord]) -> None:
     """Refuse a result that nobody can want, and say what was wrong with the input."""
     check_rejects(run, records)
+    check_unknown(run, records)
     documents = {
         split: sum(record.shards[split].num_documents for record in records) for split in SPLITS
     }
@@ -320,6 +327,8 @@ def _summary(run: Run, state: str) -> Summary:
         filtered=known.get("filtered_documents", 0),
         duplicates=known.get("duplicate_documents", 0),
         heldout_frac=known.get("heldout_frac", 0.0),
+        unknown=Unknown.total(Unknown(**m.options.get("unknown", {})) for m in found.values()),
+        bos=run.preparation.bos_text,
         read_bytes=run.progress.read_bytes,
         elapsed_s=run.progress.elapsed_s,
         engine=run.verdict.text() if run.verdict else "",

@@ -17,6 +17,7 @@ from data_tools.rejections import line_bases, list_rejects
 from data_tools.shard_cutter import Part, ShardPlan, build_shard, cut
 from data_tools.staging import SPLITS
 from data_tools.unit_work import UnitRecord, total
+from data_tools.unknown_text import Unknown
 from data_tools.workers import Workers
 from megatron_curr.data.idx_format import idx_path, token_dtype
 from megatron_curr.data.manifest import Manifest, ShardRecord, TokenizerRecord, write_manifest
@@ -56,7 +57,9 @@ def make_shards(run: Run, records: Sequence[UnitRecord], workers: Workers) -> Pa
     }
     for split, shards in made.items():
         if shards:
-            write_manifest(folder / split, _manifest(run, split, shards, facts))
+            unknown = asdict(Unknown.total(record.unknown[split] for record in records))
+            of_split = {**facts, "unknown": unknown}
+            write_manifest(folder / split, _manifest(run, split, shards, of_split))
     return folder
 
 
@@ -126,7 +129,11 @@ def _manifest(
     return Manifest(
         dtype=str(token_dtype(tokenizer.vocab_size)),
         tokenizer=TokenizerRecord(
-            tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id
+            tokenizer.name,
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+            tokenizer.eod_id,
+            run.preparation.bos_ids,
         ),
         shards=tuple(shards),
         options={

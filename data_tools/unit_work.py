@@ -30,6 +30,7 @@ from data_tools.formats import open_rows
 from data_tools.options import Options
 from data_tools.rows import EMPTY_FILES, NO_LOSS, Row, Span
 from data_tools.staging import SPLITS
+from data_tools.unknown_text import Unknown, UnknownText
 from data_tools.workers import Desk
 from megatron_curr.data.idx_format import token_dtype
 from megatron_curr.data.manifest import ShardRecord
@@ -62,7 +63,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
     """What one finished unit holds. ``rows`` is the rows read of its last file, bad ones too;
-    ``passed_over`` counts by reason what gives no document and loses none."""
+    ``passed_over`` counts by reason what gives no document and loses none, ``unknown`` what the
+    tokenizer lost of each side's text."""
 
     rows: int
     read_bytes: int
@@ -71,6 +73,7 @@ class UnitRecord:
     filtered: int
     mended: int
     shards: dict[str, ShardRecord]
+    unknown: dict[str, Unknown]
 
     @property
     def num_documents(self) -> int:
@@ -83,7 +86,8 @@ class UnitRecord:
     def read(cls, folder: Path) -> UnitRecord:
         content = json.loads((folder / RECORD).read_bytes())
         shards = {split: ShardRecord(**shard) for split, shard in content.pop("shards").items()}
-        return cls(**content, shards=shards)
+        unknown = {split: Unknown(**lost) for split, lost in content.pop("unknown").items()}
+        return cls(**content, shards=shards, unknown=unknown)
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -183,13 +187,22 @@ def warm_up(job: Job, desk: Desk) -> None:
     unchanged_tokenizer(job.tokenizer, job.tokenizer_sha256)
 
 
-@lru_cache(maxsize=2)
-def _tools(job: Job) -> tuple[Tokenizer, Engine, Preparation]:
+@dataclass(frozen=True, slots=True)
+class _Tools:
     """What a worker loads once."""
+
+    tokenizer: Tokenizer
+    engine: Engine
+    preparation: Preparation
+    unknown_text: UnknownText
+
+
+@lru_cache(maxsize=2)
+def _tools(job: Job) -> _Tools:
     tokenizer = unchanged_tokenizer(job.tokenizer, job.tokenizer_sha256)
     engine = load_engine(tokenizer, job.engine, special_tokens=job.options.special_tokens)
     gc.freeze()  # all this stays; looking through it again and again took a twentieth of the time
-    return tokenizer, engine, Preparation(job.options, tokenizer)
+    return _Tools(tokenizer, engine, Preparation(job.options, tokenizer), UnknownText(tokenizer))
 
 
 def work_on_unit(task: tuple[Job, Unit], desk: Desk) -> UnitRecord:
@@ -217,19 +230,18 @@ def work_on_unit(task: tuple[Job, Unit], desk: Desk) -> UnitRecord:
 
 
 def _write_unit(job: Job, unit: Unit, folder: Path, desk: Desk) -> UnitRecord:
-    tokenizer, engine, preparation = _tools(job)
-    dtype = token_dtype(tokenizer.vocab_size)
-    reader = _Reader(unit, job.options, preparation)
+    tools = _tools(job)
+    reader = _Reader(unit, job.options, tools.preparation)
     told_bytes = told_rows = told_rejects = num_documents = 0
     with ExitStack() as stack:
         reader.listing = stack.enter_context(open(folder / REJECTS, "wb"))
-        sides = {split: _Side(folder / split, dtype, job.options, stack) for split in SPLITS}
+        sides = {split: _Side(folder / split, tools, job.options, stack) for split in SPLITS}
         for batch in reader.batches():
             tokens = 0
             for split, side in sides.items():
                 places = [p for p in batch if p.document.held_out == (split == "heldout")]
                 if places:
-                    tokens += side.add(places, engine, tokenizer.eod_id, preparation.meta_ids)
+                    tokens += side.add(places)
             num_documents += len(batch)
             rejects = reader.rejects.total()
             rows = num_documents + reader.filtered + rejects
@@ -247,37 +259,49 @@ def _write_unit(job: Job, unit: Unit, folder: Path, desk: Desk) -> UnitRecord:
         filtered=reader.filtered,
         mended=reader.mended,
         shards=shards,
+        unknown={split: side.unknown for split, side in sides.items()},
     )
 
 
 class _Side:
     """The shard and the document table of one side of the split."""
 
-    def __init__(
-        self, prefix: Path, dtype: np.dtype[np.integer], options: Options, stack: ExitStack
-    ) -> None:
+    def __init__(self, prefix: Path, tools: _Tools, options: Options, stack: ExitStack) -> None:
+        self.unknown = Unknown()
         self._prefix = prefix
+        self._tools = tools
         self._schema = table_schema(options.columns)
         self._metadata = self._schema.names[-len(options.columns) :] if options.columns else []
+        dtype = token_dtype(tools.tokenizer.vocab_size)
         self._shard = stack.enter_context(ShardWriter(prefix, dtype))
         self._table = stack.enter_context(TableWriter(table_path(prefix), self._schema))
 
-    def add(self, places: list[_Place], engine: Engine, eod_id: int, meta_ids: list[int]) -> int:
+    def add(self, places: list[_Place]) -> int:
         """Tokenise documents and append them; how many tokens that made."""
+        engine, preparation = self._tools.engine, self._tools.preparation
         documents = [place.document for place in places]
+        texts = [document.text for document in documents]
         led = any(document.lead or document.prefix for document in documents)
         try:
-            ids, lengths = engine.encode([document.text for document in documents])
-            leads = _leads(documents, engine, meta_ids) if led else [_NOTHING] * len(documents)
+            ids, lengths = engine.encode(texts)
+            leads = (
+                _leads(documents, engine, preparation.meta_ids)
+                if led
+                else [_NOTHING] * len(documents)
+            )
         except SpecialTokenFound as found:
             place = places[found.number]
             raise DataError(
                 f"{place.file}: row {place.line:,} of its part holds the special token "
                 f"{found.token!r}; --special-tokens error refuses that, text makes it plain text"
             ) from None
+        lost = self._tools.unknown_text.count(texts, ids, lengths)
+        self.unknown = Unknown.total([self.unknown, lost])
+        bos = np.array(preparation.bos_ids, np.uint32)
         masked = np.fromiter(map(len, leads), np.int64, len(leads))
-        ids = _joined(leads, ids, lengths, eod_id)
-        lengths = masked + lengths + 1
+        lengths = len(bos) + masked + lengths + 1
+        ids = _joined(bos, leads, ids, lengths, self._tools.tokenizer.eod_id)
+        masked[masked > 0] += len(bos)  # it stands before the rest of what carries no loss
         first = self._shard.num_documents
         starts = self._shard.num_tokens + np.cumsum(lengths) - lengths
         self._shard.add_documents(ids, lengths, masked=masked)
@@ -302,18 +326,20 @@ class _Side:
 
 
 def _joined(
+    bos: NDArray[np.uint32],
     leads: Sequence[NDArray[np.integer[Any]]],
     ids: NDArray[np.integer[Any]],
     lengths: NDArray[np.int64],
     eod_id: int,
 ) -> NDArray[np.integer[Any]]:
-    """All documents end to end: what leads each, its own tokens, EOD."""
+    """All documents end to end: BOS, what leads each, its own tokens, EOD; ``lengths`` is of all
+    that."""
     end = np.array([eod_id], ids.dtype)
     pieces = []
     stop = 0
     for lead, length in zip(leads, lengths.tolist(), strict=True):
-        start, stop = stop, stop + length
-        pieces += (lead, ids[start:stop], end)
+        start, stop = stop, stop + length - len(bos) - len(lead) - 1
+        pieces += (bos, lead, ids[start:stop], end)
     return np.concatenate(pieces)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from megatron_curr.cli.work import (
     submit_here,
     told_failure,
 )
+
+if TYPE_CHECKING:
+    from data_tools.options import Options
 
 Inputs = Annotated[
     list[str],
@@ -88,12 +92,28 @@ MaxRejected = Annotated[
         help="Fail where more than this share of the rows gives no document; 0.01 is 1 %.",
     ),
 ]
+MaxUnknown = Annotated[
+    float,
+    option(
+        _CHANGE,
+        help="Fail where the tokenizer does not know more than this share of the tokens, or of the "
+        "characters.",
+    ),
+]
 SpecialTokens = Annotated[
     str,
     option(
         _CHANGE,
         metavar="text|allow|error",
         help="Special tokens typed in a text: plain text, tokens, or the end of the run.",
+    ),
+]
+Bos = Annotated[
+    str,
+    option(
+        _CHANGE,
+        metavar="auto|yes|no",
+        help="A BOS before each document: as the tokenizer itself sets one, always, or never.",
     ),
 ]
 Template = Annotated[
@@ -158,6 +178,8 @@ def preprocess(
     text_by_line: TextByLine = False,
     max_rejected: MaxRejected = 0.01,
     special_tokens: SpecialTokens = "text",
+    bos: Bos = "auto",
+    max_unknown: MaxUnknown = 0.01,
     template: Template = None,
     normalize: Normalize = None,
     metadata_prefix: MetadataPrefix = None,
@@ -173,60 +195,45 @@ def preprocess(
     as_json: AsJson = False,
 ) -> None:
     """Tokenize one source into indexed shards; killed, it goes on where it was when run again."""
-    options: dict[str, Any] = {
-        "text_field": text_field,
-        "heldout_frac": heldout_frac,
-        "shard_tokens": shard_tokens,
-        "metadata": tuple(metadata or ()),
+    given = {
+        **locals(),
         "filter": filter_by,
-        "deduplicate": deduplicate,
-        "max_document_bytes": max_document_bytes,
-        "text_by_line": text_by_line,
-        "special_tokens": special_tokens,
-        "template": template,
-        "normalize": tuple(normalize or ()),
-        "metadata_prefix": tuple(metadata_prefix or ()),
-        "control_tokens": control_tokens,
-    }
-    settings: dict[str, Any] = {
-        "num_workers": workers,
-        "unit_bytes": unit_bytes,
         "max_rejected_frac": max_rejected,
-        "engine": engine,
-        "task": task,
-        "num_tasks": num_tasks,
-        "finish": finish,
+        "max_unknown_frac": max_unknown,
+        "num_workers": workers,
     }
     what = {"inputs": inputs, "output": output, "tokenizer": tokenizer, "overwrite": overwrite}
     if slurm_array is None:
-        _preprocess_here(options, settings, what, as_json=as_json)
+        _preprocess_here(given, what, as_json=as_json)
     else:
-        _submit(options, output, profile, num_tasks=slurm_array, cpus=workers)
+        _options(given)  # a mistake is told here, not by the jobs
+        submit_here(output, profile, num_tasks=slurm_array, cpus=workers)
 
 
-def _preprocess_here(
-    options: dict[str, Any], settings: dict[str, Any], what: dict[str, Any], *, as_json: bool
-) -> None:
-    from data_tools.preprocess_text import Options, RunSettings
+def _options(given: dict[str, Any]) -> Options:
+    """The options among the arguments of the command line, which have the same names."""
+    from data_tools.options import Options
+
+    return Options(**_named(given, Options.__slots__))
+
+
+def _named(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    known = ((name, given[name]) for name in names if given[name] is not None)
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in known}
+
+
+def _preprocess_here(given: dict[str, Any], what: dict[str, Any], *, as_json: bool) -> None:
+    from data_tools.preprocess_text import RunSettings
     from data_tools.preprocess_text import preprocess as write_shards
 
     with told_failure():
         summary = write_shards(
             **what,
-            options=Options(**options),
-            settings=RunSettings(**settings),
+            options=_options(given),
+            settings=RunSettings(**_named(given, RunSettings.__slots__)),
             show_progress=not as_json,
         )
     typer.echo(summary.json() if as_json else summary.text())
-
-
-def _submit(
-    options: dict[str, Any], output: Path, profile: Path | None, *, num_tasks: int, cpus: int
-) -> None:
-    from data_tools.preprocess_text import Options
-
-    Options(**options)  # a mistake is told here, not by the jobs
-    submit_here(output, profile, num_tasks=num_tasks, cpus=cpus)
 
 
 @app.command(

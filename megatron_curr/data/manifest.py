@@ -42,12 +42,14 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRecord:
-    """The tokenizer that made the shards; ``sha256`` is of its model file."""
+    """The tokenizer that made the shards; ``sha256`` is of its model file. Every document begins
+    with ``bos_ids``: usually none or one."""
 
     name: str
     sha256: str
     vocab_size: int
     eod_id: int
+    bos_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_durably(folder / FILE_NAME, text + "\n")
 
 
+def _tokenizer_record(content: Mapping[str, Any]) -> TokenizerRecord:
+    return TokenizerRecord(**{**content, "bos_ids": tuple(content.get("bos_ids", ()))})
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a shard folder; ``None`` where there is none, or another tool's.
 
@@ -107,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         tokenizer = content["tokenizer"]
         return Manifest(
             dtype=content["dtype"],
-            tokenizer=None if tokenizer is None else TokenizerRecord(**tokenizer),
+            tokenizer=None if tokenizer is None else _tokenizer_record(tokenizer),
             shards=tuple(ShardRecord(**shard) for shard in content["shards"]),
             options=content["options"],
         )

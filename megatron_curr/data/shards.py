@@ -11,7 +11,7 @@ import glob
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,13 @@ from megatron_curr.data.idx_format import (
     masked_path,
     read_header,
 )
-from megatron_curr.data.manifest import FILE_NAME, Manifest, ShardRecord, read_manifest
+from megatron_curr.data.manifest import (
+    FILE_NAME,
+    Manifest,
+    ShardRecord,
+    TokenizerRecord,
+    read_manifest,
+)
 from megatron_curr.data.shard_writer import ShardWriter
 from megatron_curr.errors import DataError
 
@@ -134,14 +140,14 @@ class ShardSet:
     """The shards of one source as one token stream. Safe to read from several threads.
 
     ``shard_starts`` [shards + 1] is where each shard begins in the stream, then ``num_tokens``.
-    ``tokenizers`` is name by sha256 of those that the manifests say made the shards.
+    ``tokenizers`` are those that the manifests say made the shards, each once.
     """
 
     def __init__(
-        self, name: str, shards: list[Shard], *, tokenizers: Mapping[str, str] | None = None
+        self, name: str, shards: list[Shard], *, tokenizers: Iterable[TokenizerRecord] = ()
     ) -> None:
         self.name = name
-        self.tokenizers = dict(tokenizers or {})
+        self.tokenizers = tuple(dict.fromkeys(tokenizers))
         self.shards = shards
         self.paths = [bin_path(shard.prefix) for shard in shards]
         self.shard_starts = np.cumsum([0, *(shard.num_tokens for shard in shards)], dtype=np.int64)
@@ -321,8 +327,7 @@ def open_shards(spec: str | Path, *, name: str | None = None) -> ShardSet:
                 f"{FILE_NAME} to open every shard by its index"
             )
     made_by = [m.tokenizer for m in manifests.values() if m is not None and m.tokenizer is not None]
-    tokenizers = {tokenizer.sha256: tokenizer.name for tokenizer in made_by}
-    shard_set = ShardSet(name or str(spec), shards, tokenizers=tokenizers)
+    shard_set = ShardSet(name or str(spec), shards, tokenizers=made_by)
     if shard_set.num_tokens == 0:
         raise DataError(
             f"{spec}: {len(shards)} shards, {shard_set.num_documents:,} documents, but not one "

@@ -1,90 +1,40 @@
 """Text to token ids and back, by the library that defines each kind of tokenizer.
 
 SentencePiece ``.model`` files, Hugging Face ``tokenizer.json`` and ``.tiktoken`` rank files. A
-special token typed in a document's text is text: ``</s>`` or ``<|endoftext|>`` on a web page is
-spelled out in ordinary pieces and never becomes a document boundary, unless ``allow_special`` asks
-for it. No token is added at either end; preprocessing appends the EOD.
+control token (``special_tokens.py``) typed in a document's text is text: ``</s>`` or
+``<|endoftext|>`` on a web page is spelled out in ordinary pieces and never becomes a document
+boundary, unless ``allow_special`` asks for it. What a tokenizer knows as a word of the text itself,
+a user-defined symbol or an added token that is not special, stays that token. No token is added at
+either end; preprocessing sets the BOS and the EOD. Nothing is drawn at random: a dropout that the
+file still has is off.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from megatron_curr.data.special_tokens import (
+    USUAL_EOD,
+    read_roles,
+    rename_in_json,
+    rename_in_sentencepiece,
+)
+from megatron_curr.data.tiktoken_ranks import TiktokenTokenizer
+from megatron_curr.data.tokenizer_base import Tokenizer
 from megatron_curr.errors import DataError
 
-_USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<eod>")
-_LETTER = r"\p{Lm}\p{Lo}\p{M}"
-# Split patterns and special tokens that OpenAI publishes with its rank files; source:
-# tiktoken_ext/openai_public.py of tiktoken 0.14.
-OPENAI_ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
-    "r50k_base": (
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-        {"<|endoftext|>": 50256},
-    ),
-    "cl100k_base": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-        r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
-    "o200k_base": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_LETTER}]*[\p{{Ll}}{_LETTER}]+"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_LETTER}]+[\p{{Ll}}{_LETTER}]*"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
-    ),
-}
-
-
-class Tokenizer(ABC):
-    """What every tokenizer answers. ``path`` is its model file, ``sha256`` that file's hash.
-
-    ``library`` defines the ids; ``special_tokens`` are the control tokens by how they are typed.
-    """
-
-    library: str
-
-    def __init__(
-        self, path: Path, *, vocab_size: int, eod_id: int, special_tokens: Mapping[str, int]
-    ) -> None:
-        self.path = path
-        self.name = path.parent.name if path.suffix == ".json" else path.stem
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.vocab_size = vocab_size
-        self.eod_id = eod_id
-        self.special_tokens = special_tokens
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one text."""
-        return self.encode_batch([text])[0]
-
-    @abstractmethod
-    def encode_batch(
-        self, texts: Sequence[str], *, num_threads: int = 1, allow_special: bool = False
-    ) -> list[list[int]]:
-        """Token ids of many texts, in order; the same for any number of threads.
-
-        With ``allow_special`` a special token typed in a text becomes that token.
-        """
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; EOD and other control tokens give nothing."""
+__all__ = [
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
+_NUM_BYTES = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -105,26 +55,44 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = self._processor
         eod_id = pieces.eos_id()
         if eod_id < 0:
-            known = [pieces.piece_to_id(piece) for piece in _USUAL_EOD]
+            known = [pieces.piece_to_id(piece) for piece in USUAL_EOD]
             eod_id = next((piece for piece in known if piece != pieces.unk_id()), -1)
         if eod_id < 0:
             raise DataError(f"{path}: has no end token; train it with an eos_id (usual: </s>)")
+        roles = read_roles(path.parent)
         special_tokens = {
             pieces.id_to_piece(piece): piece
             for piece in range(pieces.vocab_size())
-            if pieces.is_control(piece) or pieces.is_unknown(piece)
+            if pieces.is_control(piece)
+            or pieces.is_unknown(piece)
+            or piece == eod_id
+            or pieces.id_to_piece(piece) in roles.tokens
         }
         super().__init__(
             path, vocab_size=pieces.vocab_size(), eod_id=eod_id, special_tokens=special_tokens
         )
+        self.bos_id = (
+            pieces.bos_id() if pieces.bos_id() >= 0 else special_tokens.get(roles.bos or "")
+        )
+        if roles.adds_bos and self.bos_id is not None:
+            self.own_bos_ids = (self.bos_id,)
+        self.unknown_id = pieces.unk_id()
+        self.lossless = sum(map(pieces.is_byte, range(pieces.vocab_size()))) == _NUM_BYTES
         self._special = re.compile(f"({'|'.join(map(re.escape, special_tokens))})")
+        self._as_text = pieces
+        if self._makes_control_tokens():
+            self._as_text = sentencepiece.SentencePieceProcessor(
+                model_proto=rename_in_sentencepiece(
+                    path.read_bytes(), special_tokens.values(), mark=self.sha256
+                )
+            )
 
     def encode_batch(
         self, texts: Sequence[str], *, num_threads: int = 1, allow_special: bool = False
     ) -> list[list[int]]:
         if allow_special:
             return [self._encode_allowing(text) for text in texts]
-        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=num_threads)
+        ids: list[list[int]] = self._as_text.encode(list(texts), num_threads=num_threads)
         return ids
 
     def _encode_allowing(self, text: str) -> list[int]:
@@ -133,7 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
         known = self.special_tokens
         return list(
             chain.from_iterable(
-                [known[piece]] if piece in known else self._processor.encode(piece)
+                [known[piece]] if piece in known else self._as_text.encode(piece)
                 for piece in pieces
             )
         )
@@ -158,8 +126,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        eod_token = _eos_token(path.parent)
-        candidates = [eod_token] if eod_token else [*_USUAL_EOD]
+        if hasattr(self._tokenizer.model, "dropout"):
+            self._tokenizer.model.dropout = None
+        roles = read_roles(path.parent)
+        candidates = [roles.eos] if roles.eos else [*USUAL_EOD]
         eod_id = next((vocabulary[token] for token in candidates if token in vocabulary), None)
         if eod_id is None:
             raise DataError(
@@ -171,91 +141,89 @@ class HuggingFaceTokenizer(Tokenizer):
             path,
             vocab_size=max(vocabulary.values()) + 1,
             eod_id=eod_id,
-            special_tokens={token.content: key for key, token in added.items() if token.special},
+            special_tokens={
+                token.content: key
+                for key, token in added.items()
+                if token.special or token.content in roles.tokens or key == eod_id
+            }
+            | {token: eod_id for token in candidates if vocabulary.get(token) == eod_id},
         )
+        self.bos_id = vocabulary.get(roles.bos or "")
+        self.own_bos_ids = self._set_before_a_text()
+        self._find_what_is_lost(vocabulary)
+        self._as_text = self._tokenizer
+        if self._makes_control_tokens():
+            self._as_text = tokenizers.Tokenizer.from_str(self.without_control_tokens())
+
+    def _set_before_a_text(self) -> tuple[int, ...]:
+        """What the post-processor of the file does, which is what transformers does with it."""
+        self._tokenizer.encode_special_tokens = False
+        marked = self._tokenizer.encode("a", add_special_tokens=True)
+        body = self._tokenizer.encode("a", add_special_tokens=False).ids
+        before = next(
+            (at for at in range(len(marked.ids)) if marked.ids[at : at + len(body)] == body), 0
+        )
+        return tuple(marked.ids[:before])
+
+    def _find_what_is_lost(self, vocabulary: Mapping[str, int]) -> None:
+        """A BPE loses nothing where it has all bytes, as letters or as pieces such as ``<0x0A>``;
+        else it gives the unknown token or, without one, leaves the character out."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        model = self._tokenizer.model
+        kind = type(model).__name__
+        unknown, fallback = (
+            getattr(model, "unk_token", None),
+            getattr(model, "byte_fallback", False),
+        )
+        if kind == "Unigram":  # the library does not tell
+            content = json.loads(self.path.read_bytes())["model"]
+            place, fallback = content.get("unk_id"), content.get("byte_fallback", False)
+            unknown = None if place is None else content["vocab"][place][0]
+        self.unknown_id = vocabulary.get(unknown or "")
+        byte_pieces = fallback and all(f"<0x{n:02X}>" in vocabulary for n in range(_NUM_BYTES))
+        byte_letters = set(ByteLevel.alphabet()) <= vocabulary.keys() and "".join(
+            self._spelled("\u00e9")
+        ).endswith("\u00c3\u00a9")
+        self.lossless = byte_pieces or (kind == "BPE" and byte_letters)
+        self._vocabulary = vocabulary
+
+    def _spelled(self, text: str) -> list[str]:
+        """The words of a text as the model gets them."""
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        if self._tokenizer.pre_tokenizer is None:
+            return [text]
+        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    def knows(self, character: str) -> bool:
+        if self.lossless or self.unknown_id is not None:
+            return super().knows(character)
+        suffix = getattr(self._tokenizer.model, "end_of_word_suffix", None) or ""
+        return all(
+            letter in self._vocabulary or letter + suffix in self._vocabulary
+            for word in self._spelled(character)
+            for letter in word
+        )
+
+    def without_control_tokens(self, also: Sequence[str] = ()) -> str:
+        """``tokenizer.json`` that does not know its control tokens, nor the added tokens ``also``,
+        and sets, cuts and pads nothing."""
+        content = json.loads(self.path.read_bytes())
+        rename_in_json(content, {*self.special_tokens, *also}, mark=self.sha256)
+        return json.dumps(content, ensure_ascii=False)
 
     def encode_batch(
         self, texts: Sequence[str], *, num_threads: int = 1, allow_special: bool = False
     ) -> list[list[int]]:
         # The library takes its thread count from the process environment, not from a call.
-        self._tokenizer.encode_special_tokens = not allow_special
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        tokenizer = self._tokenizer if allow_special else self._as_text
+        tokenizer.encode_special_tokens = not allow_special
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
-
-
-class TiktokenTokenizer(Tokenizer):
-    """A ``.tiktoken`` rank file. It holds neither the split pattern nor the special tokens: both
-    are known for OpenAI's encodings, by file name, or stand in a ``.json`` of that name beside it:
-    ``{"pattern": "...", "special_tokens": {"<|endoftext|>": 50256}}``."""
-
-    library = "tiktoken"
-
-    def __init__(self, path: Path) -> None:
-        import tiktoken
-
-        self.pattern, special_tokens = _tiktoken_facts(path)
-        try:
-            ranks = {
-                base64.b64decode(token): int(rank)
-                for token, rank in map(bytes.split, path.read_bytes().splitlines())
-            }
-            self._encoding = tiktoken.Encoding(
-                path.stem,
-                pat_str=self.pattern,
-                mergeable_ranks=ranks,
-                special_tokens=special_tokens,
-            )
-        except (ValueError, OSError) as error:
-            raise DataError(f"{path}: is not a .tiktoken rank file ({error})") from error
-        eod_id = next((special_tokens[end] for end in _USUAL_EOD if end in special_tokens), None)
-        if eod_id is None:
-            raise DataError(
-                f"{path}: no end token (looked for {', '.join(_USUAL_EOD)}); name it among the "
-                f"special_tokens of {path.with_suffix('.json')}"
-            )
-        super().__init__(
-            path,
-            vocab_size=self._encoding.max_token_value + 1,
-            eod_id=eod_id,
-            special_tokens=special_tokens,
-        )
-
-    def encode_batch(
-        self, texts: Sequence[str], *, num_threads: int = 1, allow_special: bool = False
-    ) -> list[list[int]]:
-        if allow_special:
-            return self._encoding.encode_batch(
-                list(texts), num_threads=num_threads, allowed_special="all"
-            )
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        special = set(self.special_tokens.values())
-        return self._encoding.decode([int(token) for token in ids if int(token) not in special])
-
-
-def _tiktoken_facts(path: Path) -> tuple[str, dict[str, int]]:
-    """Split pattern and special tokens of a rank file. Raises ``DataError`` where unknown."""
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        try:
-            return OPENAI_ENCODINGS[path.stem]
-        except KeyError:
-            known = ", ".join(OPENAI_ENCODINGS)
-            raise DataError(
-                f"{path}: a rank file has no split pattern, and {path.stem!r} is none of {known}; "
-                f'write {{"pattern": ..., "special_tokens": {{...}}}} to {beside}'
-            ) from None
-    try:
-        facts = json.loads(beside.read_bytes())
-        return str(facts["pattern"]), {str(k): int(v) for k, v in facts["special_tokens"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f'{beside}: needs "pattern" and "special_tokens" of the rank file ({error!r})'
-        ) from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -283,20 +251,3 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ".tiktoken": TiktokenTokenizer,
     }
     return kinds.get(path.suffix, SentencePieceTokenizer)(path)
-
-
-def _eos_token(folder: Path) -> str | None:
-    """``eos_token`` of a Hugging Face folder, written as a string or as an added-token object."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            token: Any = json.loads(path.read_bytes()).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{path}: is not a JSON object ({error})") from error
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            return token
-    return None

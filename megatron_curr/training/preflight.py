@@ -6,6 +6,7 @@ again to get the same objects.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -73,6 +74,7 @@ def _open_text(
         for name, source in sources.items()
         if source.heldout is not None
     }
+    _check_bos([*shard_sets.values(), *heldout_sets.values()])
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     vocab_size = _vocab_size(recipe, tokenizer)
     for shard_set in (*shard_sets.values(), *heldout_sets.values()):
@@ -138,14 +140,27 @@ def _check_extras(recipe: RunRecipe) -> None:
 
 def _check_tokenizer(shard_set: ShardSet, tokenizer: Tokenizer) -> None:
     """Raise ``DataError`` where a manifest says that another tokenizer made the shards."""
-    for sha256, name in shard_set.tokenizers.items():
-        if sha256 != tokenizer.sha256:
+    for made in shard_set.tokenizers:
+        if made.sha256 != tokenizer.sha256:
             raise DataError(
-                f"{shard_set.name}: made with the tokenizer {name}, sha256 {sha256[:16]}, but "
+                f"{shard_set.name}: made with the tokenizer {made.name}, sha256 "
+                f"{made.sha256[:16]}, but "
                 f"data.tokenizer {tokenizer.path} has {tokenizer.sha256[:16]}: its ids mean other "
                 "text; set data.tokenizer to the one that made the shards (model.vocab_size may be "
                 "larger), or preprocess again"
             )
+
+
+def _check_bos(shard_sets: Sequence[ShardSet]) -> None:
+    """Raise ``DataError`` where the manifests say that some documents begin with a BOS and some do
+    not: the model would learn both, and an export could follow only one."""
+    found = {made.bos_ids: shards.name for shards in shard_sets for made in shards.tokenizers}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise DataError(
+            f"{first}: documents begin with BOS ids {list(one)}, but those of {second} with "
+            f"{list(other)}; preprocess one of them again with --bos yes or --bos no"
+        )
 
 
 def _vocab_size(recipe: Recipe, tokenizer: Tokenizer) -> int:

@@ -194,6 +194,21 @@ def test_shards_that_another_tokenizer_made_are_refused(runs: Runs, tmp_path: Pa
     assert not (runs.folder / "other").exists()
 
 
+def test_sources_that_differ_in_their_bos_are_refused(runs: Runs, tmp_path: Path) -> None:
+    overrides = {}
+    for name, bos_ids in (("prose", (1,)), ("code", ())):
+        with ShardWriter(tmp_path / name / "a", np.dtype(np.uint16)) as writer:
+            writer.add_document(np.full(100_000, 5))
+        assert writer.record is not None
+        made_by = manifest.TokenizerRecord("a.model", "ab" * 32, 320, 2, bos_ids)
+        made = manifest.Manifest("uint16", made_by, (writer.record,))
+        manifest.write_manifest(tmp_path / name, made)
+        overrides[f"data.sources.{name}.shards"] = str(tmp_path / name)
+    with pytest.raises(DataError, match=r"BOS ids \[1?\], but those of .* with \[1?\]; preproc"):
+        prepare(load_recipe(runs.recipe("bos", overrides)), 1)
+    assert not (runs.folder / "bos").exists()
+
+
 def test_a_missing_package_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda package: None)
     wanted = {"logging": {"wandb_project": "p"}}
