@@ -48,6 +48,7 @@ setup(
         "orjson>=3.10",
         "packaging>=24",
         "pillow>=10",
+        "protobuf>=5",  # what a SentencePiece model says of itself
         "pyarrow>=17",
         "psutil>=6",  # megatron-core's checkpoint writer hangs without it
         "pydantic>=2.9,<3",
@@ -62,7 +63,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "fast": ["fastokens>=0.3.5", "gigatoken>=0.10", "protobuf>=5"],
+        "fast": ["fastokens>=0.3.5", "gigatoken>=0.10"],
         "te": ["transformer-engine[pytorch]>=2.4"],
         "dali": ["nvidia-dali-cuda120>=2.4"],
         "video": ["diffusers>=0.34"],
@@ -76,7 +77,6 @@ setup(
             "hypothesis>=6.100",
             "jsonschema>=4.23",
             "mypy>=1.15",
-            "protobuf>=5",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 
 from megatron_curr.convert.source import RunSource
+from megatron_curr.convert.tokenizer import Published
 from megatron_curr.report.records import RunRecords, read_run
 from megatron_curr.report.views import build_view, heldout_loss, mixture, train_loss
 from megatron_curr.units import format_count
@@ -33,6 +34,7 @@ def write_card(
     *,
     architecture: str,
     num_parameters: int,
+    tokenizer: Published,
     made_by: str | None = None,
 ) -> None:
     """Write ``README.md`` from the run's recipe, state and metrics up to the checkpoint.
@@ -54,6 +56,7 @@ def write_card(
         recipe_text=run.recipe_text,
         architecture=architecture,
         made_by=made_by,
+        tokenizer=tokenizer,
         num_parameters=num_parameters,
         state=source.state,
         consumed_tokens=consumed_tokens,

@@ -117,33 +117,28 @@ def _write_run_files(
     assert run
     recipe = run.recipe
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    # Documents begin after the end token of the one before: it is also the one to begin with.
-    token_ids: dict[str, int | None] = dict.fromkeys(
-        ("bos_token_id", "eos_token_id"), tokenizer.eod_id
-    )
     config = write_config(
-        source.model,
-        family,
-        vocab_size=source.vocab_size,
-        token_ids=token_ids,
-        dtype=sizes.dtype,
+        source.model, family, vocab_size=source.vocab_size, token_ids={}, dtype=sizes.dtype
     )
+    # Transformers chooses a tokenizer's class by the config, too.
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", token_ids)
-    write_tokenizer(
+    published = write_tokenizer(
         recipe.data.tokenizer,
         folder,
         max_tokens=source.model.max_position_embeddings,
         texts=[tokenizer.decode(ids) for ids in _heldout_ids(recipe)],
     )
+    write_json(folder / "config.json", {**config, **published.token_ids})
+    write_json(folder / "generation_config.json", dict(published.token_ids))
     write_card(
         run,
         folder,
         architecture=family.architecture,
         num_parameters=sizes.num_parameters,
-        made_by=source.made_by,
+        made_by=source.history,
+        tokenizer=published,
     )
-    return ()
+    return published.notes
 
 
 def _write_carried_files(

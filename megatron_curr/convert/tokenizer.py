@@ -1,22 +1,49 @@
-"""A run's tokenizer as Hugging Face files, checked token for token before they are kept.
+"""A run's tokenizer as Hugging Face files, proven to read what training read.
 
-A SentencePiece BPE model becomes a ``tokenizer.json``: every pair of pieces whose concatenation is
-a piece is a merge, ranked by that piece's score. A ``tokenizer.json`` is copied. The result must
-give the same ids as the run's own tokenizer on every text it is tried on.
+Training reads ids from ``tokenizer.json``, a SentencePiece model or tiktoken ranks. Where an exact
+``tokenizer.json`` exists, it is written and compared with the run's own tokenizer on every piece of
+the vocabulary and on hard texts, by itself and as transformers loads it. Where none does, the model
+file goes along as it is, with the class of transformers that asks SentencePiece itself.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_curr.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megatron_curr.convert.carried import LICENCE_FILES, TOKENIZER_FILES, copy, is_of
+from megatron_curr.convert.tokenizer_config import (
+    CONFIG,
+    FAST_CLASS,
+    TOKENS_MAP,
+    Settings,
+    as_training_read,
+    fast_settings,
+    keep_known_tokens,
+    read_settings,
+)
+from megatron_curr.convert.tokenizer_json import (
+    SPACE,
+    NotExact,
+    sentencepiece_document,
+    tiktoken_document,
+)
+from megatron_curr.data.sentencepiece_model import read_model, why_not_fast
+from megatron_curr.data.tokenizer import (
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from megatron_curr.errors import DataError
 
-SPACE = "▁"
+JSON = "tokenizer.json"
+# Asks SentencePiece for the ids and adds nothing; in transformers 4 and 5. Reads SLOW_FILE.
+SLOW_CLASS, SLOW_FILE = "BertGenerationTokenizer", "spiece.model"
 HARD_TEXTS = (
     "",
     " ",
@@ -37,131 +64,256 @@ HARD_TEXTS = (
 )
 
 
-def write_tokenizer(
-    source: str | Path, folder: Path, *, max_tokens: int, texts: Iterable[str] = ()
-) -> Tokenizer:
-    """Write the tokenizer's files into ``folder`` and return the run's own.
+@dataclass(frozen=True)
+class Published:
+    """A tokenizer as it was written."""
 
-    ``texts`` are tried besides ``HARD_TEXTS``. Raises ``DataError`` that quotes the first text on
-    which the two disagree.
+    token_ids: Mapping[str, int | None]
+    """``bos_token_id`` and its like, for config.json and generation_config.json."""
+    loader: str | None
+    """The class of transformers that reads what training read; None where there is none."""
+    eos_token: str
+    bos_token: str | None
+    begins_with: tuple[str, ...]
+    """What training read before every document."""
+    notes: tuple[str, ...]
+
+
+def write_tokenizer(
+    source: str | Path,
+    folder: Path,
+    *,
+    max_tokens: int,
+    begins_with: Sequence[int] = (),
+    texts: Iterable[str] = (),
+) -> Published:
+    """Write the tokenizer's files into ``folder``, beside its config.json.
+
+    ``begins_with`` are the ids that training read before every document. ``texts`` are tried
+    besides ``HARD_TEXTS`` and every piece. A ``tokenizer.json`` that reads what training read is
+    copied to the byte. Raises ``DataError`` for files that cannot be read.
     """
     ours = load_tokenizer(source)
+    own = ours.path.parent
+    belongs = Path(source).is_dir() or ours.path.name == JSON or (own / CONFIG).is_file()
+    files = own if belongs else None
+    old = read_settings(files, ours)
+    tried = [*HARD_TEXTS, *texts]
+    reason = why_not_fast(ours)
+    if reason is None:
+        try:
+            return _write_fast(
+                ours, files, folder, old, tried, max_tokens=max_tokens, begins_with=begins_with
+            )
+        except NotExact as error:
+            if ours.path.name == JSON:
+                raise DataError(f"{ours.path}: {error}; give another tokenizer") from error
+            reason = str(error)
+            (folder / JSON).unlink(missing_ok=True)
+    return _write_slow(ours, files, folder, old, tried, reason=reason, begins_with=begins_with)
+
+
+def _write_fast(
+    ours: Tokenizer,
+    files: Path | None,
+    folder: Path,
+    old: Mapping[str, Any],
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    begins_with: Sequence[int],
+) -> Published:
+    """Raises ``NotExact`` with the first text on which the two disagree."""
     if isinstance(ours, SentencePieceTokenizer):
-        document = _from_sentencepiece(ours)
-        eod_token = document["added_tokens"][-1]["content"]
-        (folder / "tokenizer.json").write_text(
-            json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
-        shutil.copyfile(ours.path, folder / "tokenizer.model")
+        document = sentencepiece_document(ours)
+    elif isinstance(ours, TiktokenTokenizer):
+        document = tiktoken_document(ours)
     else:
-        shutil.copyfile(ours.path, folder / "tokenizer.json")
-        eod_token = _token_of(ours.path, ours.eod_id)
-    settings = {
-        # Transformers 5 would write TokenizersBackend, a class that 4 does not have.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_tokens,
-        "bos_token": eod_token,
-        "eos_token": eod_token,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    check_equal(ours, folder / "tokenizer.json", [*HARD_TEXTS, *texts])
-    return ours
+        document = json.loads(ours.path.read_bytes())
+    vocabulary = _vocabulary(document)
+    start = tuple(_piece(ours, vocabulary, token) for token in begins_with)
+    changed, notes = as_training_read(document, ours.path, begins_with=start)
+    if ours.path.name == JSON and changed is document:
+        shutil.copyfile(ours.path, folder / JSON)
+    else:
+        text = json.dumps(changed, ensure_ascii=False, indent=1) + "\n"
+        (folder / JSON).write_text(text, encoding="utf-8")
+    added = {token["content"]: token for token in document["added_tokens"]}
+    settings = fast_settings(
+        old, ours, vocabulary, added=added, begins_with=start, max_tokens=max_tokens
+    )
+    _write_files(ours, files, folder, settings)
+    pieces = [ours.decode([token]) for token in sorted(vocabulary.values())]
+    typed = [text for token in added for text in _around(token)]
+    check_equal(ours, folder / JSON, [*texts, *typed, *pieces])
+    loader, more = _loader(ours, folder, [*texts, *typed], FAST_CLASS, begins_with, added)
+    return _published(ours, settings, vocabulary, loader, start, (*notes, *settings.notes, *more))
+
+
+def _write_slow(
+    ours: Tokenizer,
+    files: Path | None,
+    folder: Path,
+    old: Mapping[str, Any],
+    texts: Sequence[str],
+    *,
+    reason: str,
+    begins_with: Sequence[int],
+) -> Published:
+    """The model file as it is, and what transformers needs to ask SentencePiece."""
+    notes = [f"{ours.path}: {reason}, so it has no exact {JSON} and goes along as it is"]
+    settings = Settings({key: value for key, value in old.items() if key != "auto_map"})
+    vocabulary = dict(ours.special_tokens)
+    loader = None
+    if isinstance(ours, SentencePieceTokenizer):
+        pieces = read_model(ours.path).pieces
+        vocabulary = {piece.piece: token for token, piece in enumerate(pieces)}
+    keep_known_tokens(settings, vocabulary)
+    settings.content.pop("added_tokens_decoder", None)
+    start = tuple(_piece(ours, vocabulary, token) for token in begins_with)
+    if isinstance(ours, SentencePieceTokenizer):
+        for name in ("tokenizer.model", SLOW_FILE):
+            shutil.copyfile(ours.path, folder / name)
+        others = [token for token in ours.special_tokens if token not in settings.named]
+        settings.content |= {"tokenizer_class": SLOW_CLASS, "additional_special_tokens": others}
+        # It has names of its own for these two, and would add tokens for them.
+        settings.content = {"pad_token": None, "sep_token": None, **settings.content}
+    _write_files(ours, files, folder, settings)
+    if isinstance(ours, SentencePieceTokenizer):
+        typed = [text for token in ours.special_tokens for text in _around(token)]
+        loader, more = _loader(ours, folder, [*texts, *typed], SLOW_CLASS, (), ours.special_tokens)
+        notes += more
+        if start:
+            notes.append(
+                f"{CONFIG}: {SLOW_CLASS} puts no token before a text, and training read "
+                f"{' '.join(map(repr, start))} there: put it before a text yourself"
+            )
+    return _published(ours, settings, vocabulary, loader, start, (*notes, *settings.notes))
+
+
+def _published(
+    ours: Tokenizer,
+    settings: Settings,
+    vocabulary: Mapping[str, int],
+    loader: str | None,
+    begins_with: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> Published:
+    bos, pad = settings.token("bos_token"), settings.token("pad_token")
+    ids = {"bos_token_id": vocabulary.get(bos or ""), "eos_token_id": ours.eod_id}
+    if pad:
+        ids["pad_token_id"] = vocabulary[pad]
+    eos = settings.token("eos_token") or _piece(ours, vocabulary, ours.eod_id)
+    return Published(ids, loader, eos, bos, begins_with, notes)
+
+
+def _write_files(ours: Tokenizer, files: Path | None, folder: Path, settings: Settings) -> None:
+    """The tokenizer's own files and licences, but those that are written anew."""
+    written = {JSON, CONFIG, "config.json", "generation_config.json"}
+    if settings.dropped:
+        written |= {TOKENS_MAP, "added_tokens.json"}
+    left = []
+    for path in sorted(files.iterdir()) if files else ():
+        if is_of(path.name, ("tokenization_*.py",)):
+            left.append(path.name)
+        elif is_of(path.name, (*TOKENIZER_FILES, *LICENCE_FILES)) and path.name not in written:
+            copy(path, folder / path.name)
+    if left:
+        settings.notes.append(f"left behind in {files}: {', '.join(left)}, which it does not need")
+    if isinstance(ours, SentencePieceTokenizer):
+        shutil.copyfile(ours.path, folder / "tokenizer.model")
+    elif isinstance(ours, TiktokenTokenizer):
+        for path in (ours.path, ours.path.with_suffix(".json")):
+            copy(path, folder / path.name)
+    text = json.dumps(settings.content, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def check_equal(ours: Tokenizer, path: Path, texts: Sequence[str]) -> None:
-    """Raise ``DataError`` unless ``path`` encodes and decodes every text as ``ours`` does."""
+    """Raise ``NotExact`` unless ``path`` encodes and decodes every text as ``ours`` does.
+
+    A special token that is typed is read as the token, where ``ours`` is told to, too.
+    """
     import tokenizers
 
     published = tokenizers.Tokenizer.from_file(str(path))
-    published.encode_special_tokens = True  # in our corpora a typed </s> is text, too
-    encodings = published.encode_batch_fast(list(texts), add_special_tokens=False)
-    for text, expected, encoding in zip(
-        texts, ours.encode_batch(list(texts)), encodings, strict=True
+    published.no_truncation()
+    published.no_padding()
+    special = {*ours.special_tokens.values()}
+    encoded = published.encode_batch_fast(list(texts), add_special_tokens=False)
+    for text, expected, found in zip(
+        texts, ours.encode_batch(list(texts), allow_special=True), encoded, strict=True
     ):
-        if list(expected) != encoding.ids:
-            place = _first_difference(expected, encoding.ids)
-            raise DataError(
-                f"{ours.path}: as {path.name} it gives other ids for {_excerpt(text)}: at token "
-                f"{place} {expected[place : place + 4]} became {encoding.ids[place : place + 4]}; "
-                "only SentencePiece BPE models without text normalisation convert exactly"
+        if list(expected) != found.ids:
+            place = _first_difference(expected, found.ids)
+            raise NotExact(
+                f"as {path.name} it gives other ids for {_excerpt(text)}: at token {place} "
+                f"{expected[place : place + 4]} became {found.ids[place : place + 4]}"
             )
-        if published.decode(encoding.ids) != ours.decode(expected):
-            raise DataError(f"{ours.path}: as {path.name} it decodes {_excerpt(text)} differently")
+        spoken = [token for token in expected if token not in special]
+        if published.decode(spoken) != ours.decode(spoken):
+            raise NotExact(f"as {path.name} it decodes {_excerpt(text)} differently")
 
 
-def _from_sentencepiece(ours: SentencePieceTokenizer) -> dict[str, Any]:
-    """The ``tokenizer.json`` of a BPE model with byte fallback."""
-    import sentencepiece
+def _loader(
+    ours: Tokenizer,
+    folder: Path,
+    texts: Sequence[str],
+    kind: str,
+    begins_with: Sequence[int],
+    added: Collection[str],
+) -> tuple[str | None, list[str]]:
+    """The class of transformers that reads what training read, and what keeps others from it.
 
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(ours.path))
-    ids = range(pieces.vocab_size())
-    controls = [token for token in ids if pieces.is_control(token) and token != ours.eod_id]
-    special = [*controls, ours.eod_id]
-    normalizers: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    ]
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if pieces.encode("a", out_type=str)[0].startswith(SPACE):
-        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added_token(token, pieces.id_to_piece(token)) for token in special],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces.id_to_piece(pieces.unk_id()),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": any(pieces.is_byte(token) for token in ids),
-            "ignore_merges": False,
-            "vocab": {pieces.id_to_piece(token): token for token in ids},
-            "merges": _merges(pieces),
-        },
-    }
+    ``added`` are the tokens that it finds in a text: typed special ones, too, as they are where
+    preprocessing allows them.
+    """
+    import transformers
+
+    notes = []
+    for name in ("AutoTokenizer", kind):
+        version = f"{name} of transformers {transformers.__version__}"
+        try:
+            loaded = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+            others = {*loaded.all_special_tokens} - {*added}  # named, and no more than pieces
+            tried = [text for text in texts if not any(token in text for token in others)]
+            found = loaded(tried)["input_ids"]
+        except Exception as error:  # the library raises kinds of its own, and of what it calls
+            why = str(error).strip().splitlines()[:1]
+            notes.append(f"{version} cannot load the tokenizer: {''.join(why)}")
+            continue
+        wanted = [[*begins_with, *ids] for ids in ours.encode_batch(tried, allow_special=True)]
+        bad = next((i for i, ids in enumerate(found) if ids != wanted[i]), None)
+        if bad is None:
+            return name, notes
+        notes.append(
+            f"{version} takes {type(loaded).__name__}, which gives other ids, such as for "
+            f"{_excerpt(tried[bad])}: {found[bad][:6]} where training read {wanted[bad][:6]}"
+        )
+    return None, notes
 
 
-def _merges(pieces: Any) -> list[list[str]]:
-    """Pairs of pieces that merge into a piece, in the order in which SentencePiece merges them."""
-    plain = {
-        pieces.id_to_piece(token): token
-        for token in range(pieces.vocab_size())
-        if not (pieces.is_control(token) or pieces.is_byte(token) or pieces.is_unknown(token))
-    }
-    ranked = []
-    for piece, token in plain.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in plain and right in plain:
-                ranked.append((-pieces.get_score(token), token, plain[left], plain[right]))
-    ranked.sort()
-    return [[pieces.id_to_piece(left), pieces.id_to_piece(right)] for *_, left, right in ranked]
-
-
-def _added_token(token: int, content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token, "content": content, **flags, "special": True}
-
-
-def _token_of(path: Path, token: int) -> str:
+def _vocabulary(document: Mapping[str, Any]) -> dict[str, int]:
+    """Every token of a ``tokenizer.json``, by its text."""
     import tokenizers
 
-    content: str | None = tokenizers.Tokenizer.from_file(str(path)).id_to_token(token)
-    if content is None:
-        raise DataError(f"{path}: its end token {token} has no text")
-    return content
+    backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+    return backend.get_vocab(with_added_tokens=True)
+
+
+def _piece(ours: Tokenizer, vocabulary: Mapping[str, int], token: int) -> str:
+    found = next((text for text, known in vocabulary.items() if known == token), None)
+    if found is None:
+        raise DataError(f"{ours.path}: its token {token} has no text; give another tokenizer")
+    return found
+
+
+def _around(token: str) -> tuple[str, ...]:
+    """A token that is typed, in and between words."""
+    return (
+        *(token, f" {token} {token}", f"a{token}b", f"{token}{token}", f"{token}a b"),
+        *(f"a b {token}\n", f"A{token.upper()}", f"{token} {SPACE}"),
+    )
 
 
 def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
