@@ -168,8 +168,8 @@ def train_prepared(
             torch.get_num_threads(),
             torch.__version__,
         )
-        for change in prepared.changes if place.rank == 0 else ():
-            log.info("changed since the last start: %s", change)
+        if place.rank == 0:
+            _say_what_changed(prepared)
         with _watched(life, log_path, prepared.recipe, signals):
             _train_watched(
                 prepared,
@@ -178,6 +178,20 @@ def train_prepared(
                 stop_at_tokens=stop_at_tokens,
                 node_local=node_local,
             )
+
+
+def _say_what_changed(prepared: Prepared) -> None:
+    for change in prepared.changes:
+        log.info("changed since the last start: %s", change)
+    if prepared.is_of_before_amendment:
+        newest = prepared.ledger[-1]
+        log.info(
+            "the recipe is the one from before the run was amended (from token %d on: %s): the "
+            "run goes on as amended, by %s",
+            newest.edition.from_tokens,
+            newest.reason,
+            prepared.folder.ledger,
+        )
 
 
 def _train_watched(

@@ -28,6 +28,9 @@ from megatron_curr.recipe.yaml_lines import Path as KeyPath
 from megatron_curr.recipe.yaml_lines import dump_yaml, parse_yaml
 
 AnySection = TypeVar("AnySection", bound=Section)
+AnyRecipe = Recipe | VideoRecipe
+
+RUN_RECIPE, RUN_LEDGER = "recipe.yaml", "ledger.jsonl"  # what a run keeps in its folder
 
 DECIDES_WHAT_IS_TRAINED = (
     "seed",
@@ -69,19 +72,43 @@ class Difference:
         return f"{change}; put the old value back, or start a new run under another name"
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | VideoRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """The recipe in a YAML file, with ``a.b=value`` overrides, checked across its sections.
 
-    Its model says what kind of run it is. Raises ``RecipeError`` that lists everything that is
-    wrong, with its line.
+    A folder stands for the recipe of the run in it. Its model says what kind of run it is. Raises
+    ``RecipeError`` that lists everything that is wrong, with its line.
     """
-    data, places = _read_mapping(path, overrides, what="recipe")
+    file = _recipe_of_run(Path(path)) if Path(path).is_dir() else Path(path)
+    data, places = _read_mapping(file, overrides, what="recipe")
     recipe = _validated(kind_of(data), data, places)
     if problems := recipe_problems(recipe):
         if layout_problems(recipe):
             raise refuse_layout(recipe, problems, places)
         raise refusal(problems, places)
-    return recipe
+    is_moved_by_hand = any(override.startswith("run_folder=") for override in overrides)
+    return recipe if is_moved_by_hand else _where_it_lies(recipe, file)
+
+
+def _recipe_of_run(folder: Path) -> Path:
+    file = folder / RUN_RECIPE
+    if not file.is_file():
+        names = sorted(path.name for path in folder.glob("[!.]*.yaml"))
+        holds = f"it holds {', '.join(names[:4])}" if names else "and it holds no recipe"
+        raise RecipeError(
+            f"{folder}: a folder without {RUN_RECIPE}, so not that of a run; {holds}: give a "
+            "recipe, a .yaml file, or the folder that a run wrote"
+        )
+    return file
+
+
+def _where_it_lies(recipe: AnyRecipe, file: Path) -> AnyRecipe:
+    """A run's own recipe speaks of the folder in which it is, wherever that was moved to."""
+    folder = file.parent
+    if file.name != RUN_RECIPE or not (folder / RUN_LEDGER).is_file():
+        return recipe
+    if recipe.folder.resolve() == folder.resolve():
+        return recipe
+    return recipe.model_copy(update={"run_folder": folder})
 
 
 def load_section(

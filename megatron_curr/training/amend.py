@@ -29,18 +29,15 @@ from megatron_curr.durable import write_durably
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.incarnation.record import Incarnation, incarnations
 from megatron_curr.recipe.load import (
+    AnyRecipe,
     Difference,
     dump_recipe,
     load_recipe,
     recipe_differences,
 )
-from megatron_curr.recipe.schema import Recipe
-from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training.preflight import prepare
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.units import format_count
-
-AnyRecipe = Recipe | VideoRecipe
 
 HORIZON = "horizon"
 _MOST_TRIES = 12
@@ -224,15 +221,6 @@ def _merge(old: AnyRecipe, wanted: AnyRecipe) -> tuple[AnyRecipe, tuple[str, ...
     values["curriculum"] = new["curriculum"]
     values["data"]["sources"] = {**values["data"]["sources"], **new["data"]["sources"]}
     return type(old).model_validate(values), tuple(str(change.path) for change in ignored)
-
-
-def recipe_after(recipe: AnyRecipe, ledger: Sequence[Entry]) -> AnyRecipe:
-    """The recipe with the curriculum and the sources that the ledger ends with."""
-    values = recipe.model_dump(mode="json", by_alias=True)
-    values["curriculum"] = ledger[-1].edition.curriculum.model_dump(mode="json", by_alias=True)
-    for entry in ledger:
-        values["data"]["sources"].update(entry.sources or {})
-    return type(recipe).model_validate(values)
 
 
 def horizon_of(folder: RunFolder) -> int:

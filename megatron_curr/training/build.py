@@ -112,8 +112,15 @@ def build_run(
     )
     if state is not None:
         run.restore(state)
-        log.info("resumed at token %d, step %d", run.consumed_tokens, run.step)
+    _say_where_it_begins(run, is_new=state is None)
     return run
+
+
+def _say_where_it_begins(run: Run, *, is_new: bool) -> None:
+    if is_new:
+        log.info("a new run, from token 0, in %s", run.folder.path)
+    else:
+        log.info("resumed at token %d, step %d", run.consumed_tokens, run.step)
 
 
 def _hooks(prepared: Prepared, stop_at_tokens: int | None) -> tuple[Hook, ...]:

@@ -7,7 +7,7 @@ again to get the same objects.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule
@@ -40,6 +40,7 @@ class Prepared:
     vocab_size: int  # 0 for video
     changes: list[Difference]  # against the recipe of the last start, all allowed
     encoders: dict[str, str] | None = None  # of video, digests of what made latents and texts
+    is_of_before_amendment: bool = False  # the recipe was given as it was before the last one
 
     @property
     def schedule(self) -> Schedule:
@@ -55,13 +56,16 @@ def prepare(
     A ``ledger`` stands in the place of the folder's: what a run becomes by an amendment. Raises
     ``RecipeError``, ``DataError`` or ``CheckpointError``. Writes nothing.
     """
+    folder, given = RunFolder(recipe.folder), recipe
+    if ledger is None:
+        recipe = folder.under_ledger(given)
     check_recipe(recipe)
     check_layout(recipe, world_size)
     _check_extras(recipe)
-    folder = RunFolder(recipe.folder)
     changes = folder.check_recipe(recipe) if ledger is None else []
     opened = _open_video if isinstance(recipe, VideoRecipe) else _open_text
-    return opened(recipe, folder, ledger or folder.read_ledger(recipe), changes)
+    prepared = opened(recipe, folder, ledger or folder.read_ledger(recipe), changes)
+    return replace(prepared, is_of_before_amendment=recipe is not given)
 
 
 def _open_text(

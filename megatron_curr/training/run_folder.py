@@ -19,10 +19,13 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_curr.curriculum.ledger import Entry, hold_ledger, open_ledger, read_ledger
-from megatron_curr.errors import CheckpointError
+from megatron_curr.errors import CheckpointError, UserError
 from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.load import (
     MAY_CHANGE_ON_RESUME,
+    RUN_LEDGER,
+    RUN_RECIPE,
+    AnyRecipe,
     Difference,
     dump_recipe,
     load_recipe,
@@ -45,12 +48,12 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         """The resolved recipe."""
-        return self.path / "recipe.yaml"
+        return self.path / RUN_RECIPE
 
     @property
     def ledger(self) -> Path:
         """Which curriculum was valid from which token on."""
-        return self.path / "ledger.jsonl"
+        return self.path / RUN_LEDGER
 
     @property
     def encoders(self) -> Path:
@@ -93,6 +96,25 @@ class RunFolder:
             except (OSError, ValueError, TypeError):
                 continue
         return None
+
+    def under_ledger(self, recipe: AnyRecipe) -> AnyRecipe:
+        """The recipe as the run has it now, where it is the one from before an amendment.
+
+        The command that started a run goes on with it: what is planned says the ledger. A
+        curriculum that the run never had is left as it is, for ``check_recipe`` to refuse.
+        """
+        try:
+            ledger, known = read_ledger(self.ledger), load_recipe(self.recipe)
+        except UserError:  # not started yet, or damaged: said where it is needed
+            return recipe
+        earlier = [entry.edition.curriculum for entry in ledger[:-1]]
+        if recipe.curriculum not in earlier or type(recipe) is not type(known):
+            return recipe
+        values = recipe.model_dump(mode="json", by_alias=True)["data"]["sources"]
+        ours = known.model_dump(mode="json", by_alias=True)["data"]["sources"]
+        if any(values[name] != ours.get(name) for name in values):
+            return recipe
+        return recipe_after(recipe, ledger)
 
     def check_recipe(self, recipe: Recipe) -> list[Difference]:
         """What changed since the run was last started, all of it allowed.
@@ -193,6 +215,15 @@ class RunFolder:
             return
         with lock.open("r") as stream:
             _seize(stream.fileno(), lock)
+
+
+def recipe_after(recipe: AnyRecipe, ledger: Sequence[Entry]) -> AnyRecipe:
+    """The recipe with the curriculum and the sources that the ledger ends with."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    values["curriculum"] = ledger[-1].edition.curriculum.model_dump(mode="json", by_alias=True)
+    for entry in ledger:
+        values["data"]["sources"].update(entry.sources or {})
+    return type(recipe).model_validate(values)
 
 
 class RunLock:

@@ -197,7 +197,7 @@ def test_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
 
 
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be read as a recipe"):
+    with pytest.raises(RecipeError, match=r"a folder without recipe.yaml"):
         load_recipe(tmp_path)
 
 

@@ -79,17 +79,49 @@ def test_retention(tmp_path: Path) -> None:
 
 
 def test_a_new_run_may_have_any_recipe_and_a_saved_one_may_not(runs: Runs, tmp_path: Path) -> None:
-    recipe = load_recipe(runs.recipe("any"))
-    folder = RunFolder(tmp_path / "run")
+    here = {"run_folder": str(tmp_path / "run")}
+    recipe = load_recipe(runs.recipe("any", here))
+    folder = RunFolder(recipe.folder)
     assert folder.check_recipe(recipe) == []
     folder.write_records(recipe, open_ledger(recipe.curriculum), Pen.beside(folder.path))
-    other = load_recipe(runs.recipe("any", {"seed": 1, "evaluation.every_tokens": 999}))
+    other = load_recipe(runs.recipe("any", here | {"seed": 1, "evaluation.every_tokens": 999}))
     assert folder.check_recipe(other) == []
     save(folder.checkpoints, saved_state(1))
     with pytest.raises(CheckpointError, match=r"seed: was 11, is 1; put the old value back"):
         folder.check_recipe(other)
-    allowed = load_recipe(runs.recipe("any", {"evaluation.every_tokens": 999}))
+    allowed = load_recipe(runs.recipe("any", here | {"evaluation.every_tokens": 999}))
     assert [change.path for change in folder.check_recipe(allowed)] == ["evaluation.every_tokens"]
+
+
+def test_a_moved_run_is_resumed_where_it_is_and_its_first_recipe_knows_of_amendments(
+    runs: Runs, tmp_path: Path
+) -> None:
+    here = {"run_folder": str(tmp_path / "old")}
+    first = load_recipe(runs.recipe("moved", here))
+    longer = load_recipe(runs.recipe("moved", here | {"curriculum.phases.1.tokens": 8192}))
+    folder = RunFolder(first.folder)
+    opened = open_ledger(first.curriculum)
+    folder.write_records(longer, opened, Pen.beside(folder.path))
+    entries = amend(opened, longer.curriculum, from_tokens=1024, reason="longer")
+    append_entries(folder.ledger, entries[1:])
+    sizes = {"prose": SourceState(consumed_tokens=1024, epochs=0.1, num_tokens=32_988)}
+    save(folder.checkpoints, saved_state(4, sources=sizes))
+    assert folder.under_ledger(first) == longer
+    never = load_recipe(runs.recipe("moved", here | {"curriculum.phases.1.tokens": 6144}))
+    assert folder.under_ledger(never) == never  # check_recipe refuses it
+    with pytest.raises(CheckpointError, match="megatron-curr amend"):
+        folder.check_recipe(never)
+
+    moved = folder.path.rename(tmp_path / "new")
+    for named in (moved, moved / "recipe.yaml"):
+        assert load_recipe(named).folder == moved
+    elsewhere = tmp_path / "elsewhere"
+    assert load_recipe(moved, [f"run_folder={elsewhere}"]).folder == elsewhere
+    prepared = prepare(load_recipe(moved), 1)
+    assert prepared.folder.path == moved and prepared.ledger == entries
+    assert not prepared.is_of_before_amendment
+    with pytest.raises(RecipeError, match=r"a folder without recipe.yaml, so not that of a run"):
+        load_recipe(tmp_path)
 
 
 def test_an_amendment_before_the_first_checkpoint_is_kept(runs: Runs, tmp_path: Path) -> None:
