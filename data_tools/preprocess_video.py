@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,8 @@ def plan_job(
 ) -> Job:
     """Find the files and check all that can be checked before one is opened."""
     items = find_items(inputs, file_field=file_field, caption_field=caption_field)
-    job = Job(items, tuple(buckets), options or ClipOptions())
+    named = tuple(sorted(buckets, key=attrgetter("name")))
+    job = Job(items, named, options or ClipOptions())
     if not job.buckets:
         raise DataError("no bucket: give --bucket NAME=HEIGHTxWIDTHxFRAMES or a recipe")
     open_maker(job.buckets, job.options)

@@ -8,6 +8,7 @@ cell has lots in proportion to its tokens over those of one of its lots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,7 +79,7 @@ class VideoPlanner:
                 sample_tokens=recipe.sample_tokens(bucket),
             )
             for name, source in recipe.data.sources.items()
-            for bucket in source.buckets
+            for bucket in sorted(source.buckets)
         )
         self.lot_tokens: Ints = np.array([cell.lot_tokens for cell in self.cells], np.int64)
         self.source_of: Ints = np.array([self.sources.index(cell.source) for cell in self.cells])
@@ -128,12 +129,12 @@ class VideoPlanner:
         planned_lots, num_lots = 0.0, 0
         for start, end in pairwise(_plateau_edges(curves, span)):
             shares = self.cell_weights(curves, start, end) / self.lot_tokens
-            planned_lots += (end - start) * float(shares.sum())
+            planned_lots += (end - start) * math.fsum(shares)
             size = round(planned_lots) - num_lots
             num_lots += size
-            segments += split_segment(size, shares / shares.sum())
+            segments += split_segment(size, shares / math.fsum(shares))
         if not segments:
-            segments = [Segment(1, shares / shares.sum())]
+            segments = [Segment(1, shares / math.fsum(shares))]
         mixture = MixtureOrder(segments)
         return LotLattice(mixture, self.lot_tokens), mixture.num_samples
 
@@ -184,7 +185,7 @@ class VideoPlanner:
                 f"curriculum: at token {start_tokens} no source of the mixture has a bucket with "
                 f"weight; let the ramps of mixture and buckets overlap"
             )
-        weights /= weights.sum()
+        weights /= math.fsum(weights)
         return weights
 
 

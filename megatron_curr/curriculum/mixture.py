@@ -17,6 +17,7 @@ sources.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,7 +89,7 @@ def without(segments: list[Segment], done: int, source: int) -> list[Segment]:
         done -= skipped
         weights = segment.weights.copy()
         weights[source] = 0.0
-        total = float(weights.sum())
+        total = math.fsum(weights)
         if skipped == segment.num_samples:
             continue
         if total <= 0:

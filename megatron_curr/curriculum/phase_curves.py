@@ -86,8 +86,8 @@ def read_phase_curves(
 
 
 def sources_of(curricula: Iterable[Sequence[RunPhase]]) -> tuple[str, ...]:
-    """Every source named in a mixture, in order of first mention."""
-    names: dict[str, None] = {}
+    """Every source named in a mixture, by name."""
+    names: set[str] = set()
     for phases in curricula:
         for phase in phases:
             spec = phase.mixture
@@ -95,8 +95,8 @@ def sources_of(curricula: Iterable[Sequence[RunPhase]]) -> tuple[str, ...]:
                 tables = [piece] if isinstance(piece, dict) else []
                 if piece is not None and not isinstance(piece, dict):
                     tables = [piece.from_ or {}, piece.to]
-                names.update(dict.fromkeys(name for table in tables for name in table))
-    return tuple(names)
+                names.update(name for table in tables for name in table)
+    return tuple(sorted(names))
 
 
 def _number(value: object) -> float:

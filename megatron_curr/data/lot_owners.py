@@ -8,6 +8,7 @@ whatever the shards hold.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class LotOwners:
             if not weights.any():  # a lot that rounding has put off until here
                 weights = np.where(mine, self._mixture.totals, 0).astype(np.float64)
             if size:
-                segments.append(Segment(size, weights / weights.sum()))
+                segments.append(Segment(size, weights / math.fsum(weights)))
         return segments
 
     def _place(self, bucket: int, lot: int) -> int:

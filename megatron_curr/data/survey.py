@@ -50,7 +50,7 @@ def _of_video(recipe: VideoRecipe) -> Survey:
         except DataError:
             missing.append(f"{name} ({source.shards})")
             continue
-        for bucket in source.buckets:
+        for bucket in sorted(source.buckets):
             clips = len(shards.clips_of(bucket))
             if clips:
                 sizes[f"{name}/{bucket}"] = clips * recipe.sample_tokens(bucket)

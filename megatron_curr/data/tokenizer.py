@@ -233,7 +233,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        inside = [path / "tokenizer.json", path / "tokenizer.model", *path.glob("*.tiktoken")]
+        inside = [
+            path / "tokenizer.json",
+            path / "tokenizer.model",
+            *sorted(path.glob("*.tiktoken")),
+        ]
         found = next((candidate for candidate in inside if candidate.is_file()), None)
         if found is None:
             raise DataError(

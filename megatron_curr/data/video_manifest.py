@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,13 @@ class TextRecord:
 
 @dataclass(frozen=True, slots=True)
 class BucketRecord:
-    """One shape of samples: pixels, then how many of them the folder holds."""
+    """One shape of samples: pixels, how many of them the folder holds, its number in the index."""
 
     height: int
     width: int
     num_frames: int
     num_samples: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +135,16 @@ def read_video_manifest(folder: Path) -> VideoManifest:
         return VideoManifest(
             codec=CodecRecord(**codec),
             text_encoder=TextRecord(**content["text_encoder"]),
-            buckets={name: BucketRecord(**b) for name, b in content["buckets"].items()},
+            buckets=dict(sorted(_read_buckets(content["buckets"]))),
             tars=tuple(TarRecord(**tar) for tar in content["tars"]),
             index_sha256=content["index_sha256"],
             options=content["options"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: is not complete ({error}); {_REDO}") from error
+
+
+def _read_buckets(table: Mapping[str, Any]) -> Iterator[tuple[str, BucketRecord]]:
+    """Manifests that give no number list the buckets in the order of their numbers."""
+    for place, (name, values) in enumerate(table.items()):
+        yield name, BucketRecord(**{"number": place, **values})

@@ -103,8 +103,8 @@ class VideoShards:
     def _clips(self) -> dict[str, Ints]:
         numbers = np.asarray(self.index["bucket"])
         return {
-            name: np.flatnonzero(numbers == number).astype(np.int64)
-            for number, name in enumerate(self.bucket_names)
+            name: np.flatnonzero(numbers == bucket.number).astype(np.int64)
+            for name, bucket in self.manifest.buckets.items()
         }
 
     @cached_property

@@ -139,8 +139,8 @@ class VideoFolderWriter:
             codec=codec,
             text_encoder=text_encoder,
             buckets={
-                name: BucketRecord(*shape, num_samples=count)
-                for (name, shape), count in zip(self.buckets.items(), counts, strict=True)
+                name: BucketRecord(*shape, num_samples=counts[number], number=number)
+                for number, (name, shape) in enumerate(self.buckets.items())
             },
             tars=tuple(self._tars),
             index_sha256=hashlib.sha256(content.getvalue()).hexdigest(),

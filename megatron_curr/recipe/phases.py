@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
-from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section, SequenceLength
+from megatron_curr.recipe.section import (
+    NAME_PATTERN,
+    PositiveTokens,
+    Section,
+    SequenceLength,
+    by_name,
+)
 
 DEFAULT_WEIGHT_DECAY = 0.1
 Shape = Literal["linear", "cosine", "step"]
@@ -49,7 +55,7 @@ def normalised(weights: dict[str, float]) -> dict[str, float]:
 
 
 Weight = Annotated[float, Field(allow_inf_nan=True)]  # refused in `normalised`, by source name
-Weights = Annotated[dict[str, Weight], AfterValidator(normalised)]
+Weights = Annotated[dict[str, Weight], AfterValidator(normalised), AfterValidator(by_name)]
 
 
 class MixturePiece(Section):

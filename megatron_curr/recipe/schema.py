@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.parallel import Parallel
 from megatron_curr.recipe.phases import Curriculum
-from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section
+from megatron_curr.recipe.section import NAME_PATTERN, PositiveTokens, Section, by_name
 from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_phases import VideoCurriculum
 from megatron_curr.units import parse_count
@@ -53,9 +53,9 @@ class Source(Section):
 
 class Data(Section):
     tokenizer: str = Field(description="SentencePiece .model or a Hugging Face tokenizer folder")
-    sources: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Source] = Field(
-        min_length=1, description="The named parts that mixtures give weights to"
-    )
+    sources: Annotated[
+        dict[Annotated[str, Field(pattern=NAME_PATTERN)], Source], AfterValidator(by_name)
+    ] = Field(min_length=1, description="The named parts that mixtures give weights to")
     isolate_documents: bool = Field(
         False, description="Attention does not cross document boundaries inside a window"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -31,6 +31,17 @@ PositiveTokens = Annotated[
 SequenceLength = Annotated[
     int, BeforeValidator(parse_length), Field(gt=0), WithJsonSchema(_LENGTH_SCHEMA)
 ]
+
+
+Value = TypeVar("Value")
+
+
+def by_name(table: dict[str, Value]) -> dict[str, Value]:
+    """The table in the one order it has whatever its author wrote first: code point by code point.
+
+    Sources, shapes and weights are numbered as their tables go, and ties fall by those numbers.
+    """
+    return dict(sorted(table.items()))
 
 
 class Section(BaseModel):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megatron_curr.recipe.schema import ON_EXHAUSTED, OnExhausted, RunRecipe
-from megatron_curr.recipe.section import NAME_PATTERN, Section
+from megatron_curr.recipe.section import NAME_PATTERN, Section, by_name
 from megatron_curr.recipe.video_model import VideoDiT
 from megatron_curr.recipe.video_phases import VideoCurriculum
 
@@ -56,8 +56,10 @@ class VideoData(Section):
         max_length=3,
         description="Frames, rows and columns of pixels that the codec makes one latent of",
     )
-    buckets: dict[Name, Bucket] = Field(min_length=1, description="The shapes, by name")
-    sources: dict[Name, VideoSource] = Field(
+    buckets: Annotated[dict[Name, Bucket], AfterValidator(by_name)] = Field(
+        min_length=1, description="The shapes, by name"
+    )
+    sources: Annotated[dict[Name, VideoSource], AfterValidator(by_name)] = Field(
         min_length=1, description="The named parts that mixtures give weights to"
     )
 

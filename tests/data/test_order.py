@@ -1,16 +1,22 @@
 """The sample order: a bijection, no replay, the same whatever reads it."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from megatron_curr.curriculum.ledger import open_ledger, parse_ledger
 from megatron_curr.curriculum.schedule import Edition, build_schedule
 from megatron_curr.data.order import SampleOrder, Samples
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.phases import Curriculum
 from megatron_curr.recipe.schema import Source
 from tests.curriculum.curricula import SOURCES, curricula
+from tests.recipe.recipes import with_keys_shuffled
 
 sizes = st.fixed_dictionaries({name: st.integers(1000, 9000) for name in SOURCES})
 
@@ -98,6 +104,72 @@ def test_order_does_not_depend_on_how_it_is_asked(curriculum, tokens, pick) -> N
     assert np.array_equal(part.source, whole.source[some])
 
 
+@st.composite
+def ties(draw: st.DrawFn) -> dict[str, Any]:
+    """Phases over up to seven sources, most of them with the same weight as others."""
+    names = draw(st.lists(st.sampled_from("abcdefg"), min_size=2, unique=True))
+    table = st.fixed_dictionaries({name: st.sampled_from([1.0, 1.0, 2.0]) for name in names})
+    phases = []
+    for number in range(draw(st.integers(1, 3))):
+        mixture = draw(table)
+        if draw(st.booleans()):
+            mixture = {"from": draw(table), "to": mixture}
+        phase = {"name": f"p{number}", "tokens": 32 * draw(st.integers(1, 200)), "seq_length": 32}
+        phases.append({**phase, "mixture": mixture, "global_batch_tokens": 64})
+    phases[0]["learning_rate"] = 1.0
+    return {"phases": phases}
+
+
+def order_of_names(editions: list[Edition], names: str) -> SampleOrder:
+    """The order where a mapping of these names, in this order, gives sources and sizes."""
+    known = {name: Source(shards=name, max_epochs=9.0, on_exhausted="reweight") for name in names}
+    return SampleOrder(build_schedule(editions), dict.fromkeys(names, 5000), seed=1, sources=known)
+
+
+def started(values: dict[str, Any]) -> list[Edition]:
+    """A run that this curriculum starts."""
+    return [Edition(0, Curriculum.model_validate(values))]
+
+
+def by_name(order: SampleOrder, end: int) -> list[tuple[str, int, int]]:
+    """(source, epoch, first token) of the first samples."""
+    found = order.lookup(np.arange(end))
+    sources = [order.sources[source] for source in found.source]
+    return list(zip(sources, found.epoch.tolist(), found.first_token.tolist(), strict=True))
+
+
+@given(ties(), st.randoms(use_true_random=False))
+@settings(max_examples=30)
+def test_the_order_of_keys_moves_no_sample_where_weights_tie(curriculum, random) -> None:
+    order = order_of_names(started(curriculum), "abcdefg")
+    total = order.schedule.total_samples
+    shuffled = with_keys_shuffled(curriculum, random)
+    assert by_name(order_of_names(started(shuffled), "gfedcba"), total) == by_name(order, total)
+    (entry,) = open_ledger(Curriculum.model_validate(shuffled))
+    line = json.dumps(with_keys_shuffled(json.loads(entry.line()), random)) + "\n"
+    (kept,) = parse_ledger(line, Path("ledger.jsonl"))
+    again = kept.edition.curriculum.model_dump(mode="json", by_alias=True)
+    assert by_name(order_of_names(started(again), "abcdefg"), total) == by_name(order, total)
+
+
+@given(ties(), ties(), st.floats(0, 1))
+@settings(max_examples=30)
+def test_a_source_that_an_amendment_brings_breaks_no_tie_of_the_past(first, second, where) -> None:
+    order = order_of_names(started(first), "abcdefg")
+    schedule = order.schedule
+    cut = schedule.step_start(int(where * (schedule.total_tokens - 1)))
+    assume(cut < sum(phase["tokens"] for phase in second["phases"]) - 32)
+    editions = [*started(first), Edition(cut, Curriculum.model_validate(second))]
+    known = {
+        name: Source(shards=name, max_epochs=9.0, on_exhausted="reweight") for name in "gfedcba"
+    }
+    after = SampleOrder(
+        build_schedule(editions), dict.fromkeys("gfedcba", 5000), seed=1, sources=known
+    )
+    past = schedule.position_of(cut)
+    assert by_name(after, past) == by_name(order, past)
+
+
 @given(curricula(), sizes)
 @settings(max_examples=60)
 def test_counts_agree_with_the_samples(curriculum, tokens) -> None:
@@ -133,9 +205,10 @@ def test_new_source_does_not_move_the_others() -> None:
     with_late = flat(mixture={"prose": 0.5, "late": 0.5})
     after = build([Edition(0, flat()), Edition(6400, with_late)], tokens)
     samples = everything(after)
-    prose = samples.first_token[samples.source == 0]
+    assert after.sources == ("late", "prose")
+    prose = samples.first_token[samples.source == 1]
     assert np.array_equal(prose, everything(before).first_token[: len(prose)])
-    assert set(samples.source[:200]) == {0} and set(samples.source[200:]) == {0, 1}
+    assert set(samples.source[:200]) == {1} and set(samples.source[200:]) == {0, 1}
 
 
 def test_whole_source_is_read_before_any_of_it_is_read_again() -> None:
@@ -186,10 +259,10 @@ def test_exhausted_source_can_leave_its_share_to_the_others() -> None:
     tokens = {"prose": 16_001, "code": 900_000, "math": 900_000}
     order = build(flat(mixture=mixture), tokens, max_epochs=1.0, on_exhausted="reweight")
     samples = everything(order)
-    prose = np.flatnonzero(samples.source == 0)
+    prose = np.flatnonzero(samples.source == order.sources.index("prose"))
     assert len(prose) == 500
     after = samples.source[prose[-1] + 1 :]
-    assert abs((after == 1).sum() - 0.6 * len(after)) <= 2
+    assert abs((after == order.sources.index("code")).sum() - 0.6 * len(after)) <= 2
     assert_no_replay(order, samples)
 
 

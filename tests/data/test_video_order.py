@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from megatron_curr.data.video_order import VideoOrder
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.video_schema import VideoRecipe
 from tests.curriculum.video_curricula import video_recipe, video_recipes
+from tests.recipe.recipes import with_keys_shuffled
 
 PHASE = {
     "name": "p",
@@ -45,6 +48,58 @@ def visits(order: VideoOrder) -> dict[int, list[tuple[int, int, int]]]:
         rows = zip(lot.epoch.tolist(), lot.clip.tolist(), strict=True)
         found.setdefault(lot.cell, []).extend((*row, position) for row in rows)
     return found
+
+
+def tied_recipe(names: str, buckets: tuple[str, ...]) -> dict[str, Any]:
+    """Sources of one weight and of three shapes each, as the values of a recipe."""
+    values = video_recipe([{**PHASE, "mixture": dict.fromkeys(names, 1.0)}]).model_dump(mode="json")
+    source = {"shards": "x", "buckets": buckets, "max_epochs": 2.0, "on_exhausted": "reweight"}
+    values["data"]["sources"] = {name: {**source, "shards": name} for name in names}
+    return values
+
+
+def by_name(order: VideoOrder, end: int) -> list[tuple[str, list[int]]]:
+    """(cell, its clips) of the first lots."""
+    lots = [order.lot(position) for position in range(end)]
+    return [(order.cells[lot.cell].name, lot.clip.tolist()) for lot in lots]
+
+
+# The clips of b are soon used up, and its lots go to the others.
+EVERY_CELL = {
+    f"{name}/{bucket}": 19 if name == "b" else 300
+    for name in "abcd"
+    for bucket in ("image", "clip", "wide")
+}
+
+
+@given(st.randoms(use_true_random=False), st.permutations(["image", "clip", "wide"]))
+@settings(max_examples=12)
+def test_the_order_of_keys_moves_no_lot_where_weights_tie(random, buckets) -> None:
+    values = tied_recipe("dbca", tuple(buckets))
+    order = order_of(VideoRecipe.model_validate(values, strict=False), EVERY_CELL)
+    shuffled = with_keys_shuffled(values, random)
+    for source in shuffled["data"]["sources"].values():
+        source["buckets"] = random.sample(buckets, 3)
+    again = order_of(VideoRecipe.model_validate(shuffled, strict=False), EVERY_CELL)
+    total = order.schedule.total_samples
+    assert again.schedule.total_samples == total
+    assert by_name(again, total) == by_name(order, total)
+
+
+@given(st.integers(1, 14))
+@settings(max_examples=8)
+def test_a_source_that_an_amendment_brings_breaks_no_tie_of_the_past(num_steps) -> None:
+    three = ("image", "clip", "wide")
+    few = VideoRecipe.model_validate(tied_recipe("bcd", three), strict=False)
+    many = VideoRecipe.model_validate(tied_recipe("abcd", three), strict=False)
+    before = order_of(few, EVERY_CELL)
+    cut = before.schedule.step_start(400 * num_steps)
+    editions = [Edition(0, few.curriculum), Edition(cut, many.curriculum)]
+    planner = VideoPlanner(many)
+    schedule = build_schedule(editions, planner)
+    after = VideoOrder(schedule, EVERY_CELL, recipe=many, planner=planner)
+    past = before.schedule.position_of(cut)
+    assert by_name(after, past) == by_name(before, past)
 
 
 def assert_no_replay(order: VideoOrder) -> None:
@@ -113,7 +168,7 @@ def test_epochs_are_shuffled_anew() -> None:
 
 
 def test_source_past_its_epochs_is_refused_or_ends_the_run() -> None:
-    with pytest.raises(RecipeError, match=r"a: bucket 'image' would be read more than max_epochs"):
+    with pytest.raises(RecipeError, match=r"a: bucket 'clip' would be read more than max_epochs"):
         order_of(video_recipe([PHASE], max_epochs=2.0))
     order = order_of(video_recipe([PHASE], max_epochs=2.0, on_exhausted="stop"))
     schedule = order.schedule

@@ -58,7 +58,11 @@ def test_tensor_file_is_a_safetensors_file() -> None:
 def test_any_sample_is_read_back_by_its_number(tmp_path: Path, tar_bytes: int) -> None:
     manifest = write_drawn_folder(tmp_path, COUNTS, tar_bytes=tar_bytes)
     shards = open_video_shards(tmp_path, name="shapes")
-    assert (shards.name, shards.num_samples, shards.bucket_names) == ("shapes", 14, tuple(BUCKETS))
+    assert (shards.name, shards.num_samples, shards.bucket_names) == (
+        "shapes",
+        14,
+        tuple(sorted(BUCKETS)),
+    )
     assert len(manifest.tars) == {1: 14, 40_000: 2, 1 << 30: 1}[tar_bytes]
     for number, sample in reversed(list(enumerate(drawn_samples(COUNTS)))):
         clip = shards.read(number)
@@ -175,3 +179,15 @@ def test_folders_normalised_differently_are_not_mixed(tmp_path: Path) -> None:
     check_same_encoders([a, b])
     with pytest.raises(DataError, match="made with codec 'haar' and 'haar', whose std differ"):
         check_same_encoders([a, c])
+
+
+def test_the_order_of_the_manifests_keys_moves_no_bucket(tmp_path: Path) -> None:
+    write_drawn_folder(tmp_path, COUNTS)
+    before = open_video_shards(tmp_path)
+    file = tmp_path / FILE_NAME
+    content = json.loads(file.read_text())
+    content["buckets"] = dict(reversed(content["buckets"].items()))
+    file.write_text(json.dumps(content))
+    after = open_video_shards(tmp_path)
+    for name in BUCKETS:
+        assert after.clips_of(name).tolist() == before.clips_of(name).tolist()

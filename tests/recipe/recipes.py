@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
@@ -70,3 +72,14 @@ def only_refusal(folder: Path, *overrides: str, text: str = SOUND) -> str:
     for override in overrides:
         line = line.removeprefix(f"--set {override}: ")
     return line
+
+
+def with_keys_shuffled(value: Any, random: Random) -> Any:
+    """The same value with the keys of every mapping in it in another order; lists as they are."""
+    if isinstance(value, list):
+        return [with_keys_shuffled(item, random) for item in value]
+    if not isinstance(value, dict):
+        return value
+    keys = list(value)
+    random.shuffle(keys)
+    return {key: with_keys_shuffled(value[key], random) for key in keys}
