@@ -31,6 +31,7 @@ from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.shipped import shipped_recipe
 from megatron_curr.report import write_report
 from megatron_curr.report.records import read_run
+from megatron_curr.trace_verify import verify_run
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.units import format_bytes, format_count, format_duration
 
@@ -131,6 +132,7 @@ def _run_steps(demo: Demo) -> None:
     with demo.telling("resume on one rank, to the end"):
         train(demo, recipe_path, ranks=1)
         tell_losses(demo)
+        tell_what_was_read(demo)
     with demo.telling("write a Hugging Face folder"):
         export(demo)
     with demo.telling("load it with transformers: the same model?"):
@@ -238,6 +240,14 @@ def tell_losses(demo: Demo) -> None:
         ]
         table.add_row(source, *(f"{value:.3f}" for value in values))
     demo.console.print(table)
+
+
+def tell_what_was_read(demo: Demo) -> None:
+    """Every step's samples, against the ledger. Raises ``DemoFailed`` where one differs."""
+    verdict = verify_run(demo.run)
+    demo.say(verdict.as_text())
+    if not verdict.agrees:
+        raise DemoFailed(f"see megatron-curr trace {demo.run} --verify")
 
 
 def export(demo: Demo) -> None:

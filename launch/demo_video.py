@@ -15,7 +15,7 @@ from data_tools.make_video_demo import FPS, NUM_KINDS, make_video_demo, scene
 from data_tools.preprocess_video import preprocess_video
 from data_tools.seen_motion import seen_colour, seen_motion
 from data_tools.video_clips import ClipOptions, buckets_of_recipe
-from launch.demo import Demo, DemoFailed
+from launch.demo import Demo, DemoFailed, tell_what_was_read
 from launch.local import launch_training
 from megatron_curr.data.video_shards import open_video_shards
 from megatron_curr.errors import DataError
@@ -84,6 +84,7 @@ def run_video_demo(
             encode(demo, recipe_path)
         with demo.telling(f"train on {RANKS} ranks: pictures, small clips, large clips"):
             train(demo, recipe_path)
+            tell_what_was_read(demo)
         with demo.telling("sample a clip of each motion"):
             sheet = sample_clips(demo)
         with demo.telling("one page about the run"):

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule, open_ledger, read_ledger
-from megatron_curr.curriculum.schedule import Schedule
+from megatron_curr.curriculum.schedule import Schedule, StepPlan
+from megatron_curr.data.keyed import Words
 from megatron_curr.data.order import SampleOrder, Samples
 from megatron_curr.data.shards import ShardSet, Span, open_shards
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
@@ -72,6 +73,11 @@ class Trace:
                 raise DataError(f"position {some.max()}: the run has positions 0 to {total - 1:,}")
             found = self.order.lookup(some)
             yield from (self._traced(found, number) for number in range(len(some)))
+
+    def identities(self, plan: StepPlan) -> Words:
+        """[num_samples]: what a step reads, as its row in the metrics counts it."""
+        positions = np.arange(plan.position, plan.position + plan.num_samples)
+        return self.order.identities(self.order.lookup(positions))
 
     def positions_of(self, document: str) -> np.ndarray:
         """Every position whose input holds a token of ``SHARD:I``, ascending."""

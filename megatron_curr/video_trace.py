@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_curr.curriculum.ledger import Entry
+from megatron_curr.curriculum.schedule import StepPlan
+from megatron_curr.data.keyed import Words
 from megatron_curr.data.video_data import VideoData, build_video_order, open_video_data
 from megatron_curr.data.video_deal import LotDealer
 from megatron_curr.data.video_order import VideoOrder
@@ -51,6 +53,11 @@ class VideoTrace:
             numbers = shards.clips_of(cell.bucket)[lot.clip].tolist()
             row["captions"] = [shards.read(number).caption for number in numbers]
         return row
+
+    def identities(self, plan: StepPlan) -> Words:
+        """[num_samples]: what a step reads, as its row in the metrics counts it."""
+        positions = range(plan.position, plan.position + plan.num_samples)
+        return np.concatenate([self.order.identities(self.order.lot(at)) for at in positions])
 
     def positions_of(self, clip: str) -> list[int]:
         """Every lot that holds ``SOURCE/BUCKET:I``, ascending. Raises ``DataError``."""

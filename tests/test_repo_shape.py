@@ -43,6 +43,7 @@ BELOW: dict[str, set[str]] = {
     "training": CORE | {"curriculum", "plan", "incarnation", "data", "parallel", "models"},
     "video_trace": CORE | {"curriculum", "data"},
     "trace": CORE | {"curriculum", "data", "video_trace"},
+    "trace_verify": CORE | {"data", "trace", "video_trace"},
     "doctor": CORE | {"incarnation", "models"},
     "convert": CORE | {"curriculum", "plan", "report", "data", "parallel", "models", "training"},
     "sample": CORE | {"curriculum", "data", "parallel", "models", "training", "convert"},

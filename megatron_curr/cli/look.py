@@ -36,10 +36,20 @@ def trace(
         typer.Option(metavar="SHARD:I", help="Every sample that reads document I of this shard."),
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Decode the samples as well.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Of a run: did every step read what the ledger says?"),
+    ] = False,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
     """Say which documents a sample is made of, or when a document is read; builds no model."""
+    if verify:
+        from megatron_curr.trace_verify import verify_run
+
+        verdict = verify_run(target, overrides or [])
+        typer.echo(verdict.as_json() if as_json else verdict.as_text())
+        raise typer.Exit(0 if verdict.agrees else 1)
     from megatron_curr.trace import trace_command
 
     _refuse_together({"--position": position, "--token": token, "--document": document})

@@ -7,6 +7,7 @@ for every sample and every visit, and there is nothing to save or to restore.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,23 @@ def mix(words: Words) -> Words:
 def derive(key: Words, counter: Ints) -> Words:
     """One key a counter value, elementwise."""
     return mix(key + counter.astype(np.uint64) * np.uint64(GOLDEN))
+
+
+def identity_keys(names: Sequence[str]) -> Words:
+    """[n]: what ``identities`` begins with for what goes by these names; no run's own."""
+    return np.array([stream_key(0, f"identity/{name}") for name in names], np.uint64)
+
+
+def identities(keys: Words, *counters: Ints) -> Words:
+    """[n]: 64 bits a sample that say which one it is; arrays are [n]."""
+    for counter in counters:
+        keys = derive(keys, counter)
+    return keys
+
+
+def digest_of(total: int) -> str:
+    """What is told of some samples, from the sum of their identities: in any order and parts."""
+    return f"{total % WORD:016x}"
 
 
 def below(words: Words, bound: Ints) -> Ints:

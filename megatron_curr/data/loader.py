@@ -32,6 +32,7 @@ class Batch:
     document_ids_BS: Tensor | None  # None where documents are not isolated
     source_index_B: Tensor  # into the order's sources
     positions_B: Tensor  # in the run's sample order; -1 for padding
+    identities_B: Tensor  # the 64 bits of ``SampleOrder.identities``; 0 for held-out text
 
     @property
     def seq_length(self) -> int:
@@ -70,7 +71,8 @@ class Loader(AheadLoader[Batch]):
             windows = cut_windows(
                 numbered_sets, samples, isolate_documents=isolate_documents, vocab_size=vocab_size
             )
-            return _split(windows, samples.source, samples.position, rows=rows)
+            words = order.identities(samples).view(np.int64)
+            return _split(windows, samples.source, samples.position, words, rows=rows)
 
         super().__init__(read, schedule, prefetched_steps=prefetched_steps)
 
@@ -143,10 +145,13 @@ def heldout_batches(
         ]
         cut = cut_rows(rows, seq_length, isolate_documents=isolate_documents, vocab_size=vocab_size)
         sources = np.full(num_rows, source_index, np.int64)
-        yield _split(cut, sources, np.array(positions, np.int64), rows=num_rows)[0]
+        unnamed = np.zeros(num_rows, np.int64)
+        yield _split(cut, sources, np.array(positions, np.int64), unnamed, rows=num_rows)[0]
 
 
-def _split(windows: Windows, sources: Ints, positions: Ints, *, rows: int) -> list[Batch]:
+def _split(
+    windows: Windows, sources: Ints, positions: Ints, identities: Ints, *, rows: int
+) -> list[Batch]:
     """Windows in runs of ``rows``."""
     documents = windows.document_ids_BS
     columns = (
@@ -156,6 +161,7 @@ def _split(windows: Windows, sources: Ints, positions: Ints, *, rows: int) -> li
         documents,
         sources,
         positions,
+        identities,
     )
     parts = [
         None if column is None else torch.split(torch.from_numpy(column), rows)

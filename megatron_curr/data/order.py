@@ -21,7 +21,17 @@ from numpy.typing import NDArray
 
 from megatron_curr.curriculum.mixture import MixtureOrder, mixture_segments, without
 from megatron_curr.curriculum.schedule import Schedule, Stretch
-from megatron_curr.data.keyed import below, derive, mix, shuffle, stream_key, unshuffle
+from megatron_curr.data.keyed import (
+    Words,
+    below,
+    derive,
+    identities,
+    identity_keys,
+    mix,
+    shuffle,
+    stream_key,
+    unshuffle,
+)
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.schema import Source
 
@@ -85,6 +95,7 @@ class SampleOrder:
         self.slack = self.num_tokens - 1 - self.num_chunks * self.chunk
         self.group = np.maximum(self.num_chunks // CHUNKS_PER_GROUP, 1)
         self.key = np.array([stream_key(seed, f"order/{name}") for name in self.sources], np.uint64)
+        self._identity_key = identity_keys(self.sources)
         self._check_sizes()
         self.crumbs = np.zeros(len(self.sources), np.int64)  # tokens skipped at changes of length
         self.readings = self._lay_readings()
@@ -111,6 +122,11 @@ class SampleOrder:
         chunk, part = self._place(source, epoch, in_epoch, per_chunk)
         first_token = self._offset(source, epoch) + chunk * self.chunk[source] + part * length
         return Samples(positions, source, epoch, first_token, length)
+
+    def identities(self, samples: Samples) -> Words:
+        """[num_samples]: which tokens each sample reads, and at which position of the run."""
+        keys = self._identity_key[samples.source]
+        return identities(keys, samples.position, samples.first_token, samples.seq_length)
 
     def _place(self, source: Ints, epoch: Ints, window: Ints, per_chunk: Ints) -> tuple[Ints, Ints]:
         """(chunk, part of it) of the ``window``-th read of an epoch."""

@@ -42,6 +42,7 @@ class VideoBatch:
     counted_B: Tensor  # 1, or 0 for a sample that only fills the batch
     group_B: Tensor  # int64, what losses are told apart by: the cell; held out, the timestep too
     sample_ids_B: Tensor  # int64; see VideoOrder
+    identities_B: Tensor  # the 64 bits of ``VideoOrder.identities``; 0 for held-out clips
 
 
 class VideoLoader(AheadLoader[VideoBatch]):
@@ -81,6 +82,7 @@ class LotReader:
     ) -> None:
         self._recipe = recipe
         self._shards = [shard_sets[cell.source] for cell in order.cells]
+        self._order = order
         self._cells = order.cells
         self._dealer = LotDealer(recipe, order, shard_sets, dp_rank=dp_rank, dp_size=dp_size)
 
@@ -89,6 +91,7 @@ class LotReader:
         cell, shards = self._cells[lot.cell], self._shards[lot.cell]
         draws = self._dealer.draw(lot)
         numbers = shards.clips_of(cell.bucket)[lot.clip]
+        words = self._order.identities(lot).view(np.int64)
         is_clip = self._recipe.data.buckets[cell.bucket].num_frames > 1
         for share in self._dealer.shares(lot, draws.dropped):
             clips = [shards.read(int(number)) for number in numbers[share]]
@@ -102,6 +105,7 @@ class LotReader:
                 draws=draws.of(share),
                 weight=1.0 if is_clip else self._recipe.objective.image_loss_weight,
                 group=np.full(len(share), lot.cell, np.int64),
+                identities=words[share],
             )
 
 
@@ -170,6 +174,7 @@ def _make_batch(
     weight: float,
     group: Ints,
     counted: Bools | None = None,
+    identities: Ints | None = None,
 ) -> VideoBatch:
     clean = np.stack([clip.latents_CTYX for clip in clips]).astype(np.float32, copy=False)
     noise = draw_noise(recipe.seed, draws.sample_ids, clean.shape[1:])
@@ -180,6 +185,7 @@ def _make_batch(
         row[: len(text)] = text
     num_samples = len(clips)
     counted = np.ones(num_samples, np.bool_) if counted is None else counted
+    identities = np.zeros(num_samples, np.int64) if identities is None else identities
     return VideoBatch(
         latents_BCTYX=torch.from_numpy(noised.latents_BCTYX),
         target_BCTYX=torch.from_numpy(noised.target_BCTYX),
@@ -192,4 +198,5 @@ def _make_batch(
         counted_B=torch.from_numpy(counted.astype(np.float32)),
         group_B=torch.from_numpy(group),
         sample_ids_B=torch.from_numpy(draws.sample_ids),
+        identities_B=torch.from_numpy(identities),
     )

@@ -17,7 +17,15 @@ from megatron_curr.curriculum.lattice import LotLattice
 from megatron_curr.curriculum.lots import Cell, VideoCurves, VideoPlanner
 from megatron_curr.curriculum.mixture import Ints, MixtureOrder
 from megatron_curr.curriculum.schedule import Schedule, Stretch
-from megatron_curr.data.keyed import derive, shuffle, stream_key, unshuffle
+from megatron_curr.data.keyed import (
+    Words,
+    derive,
+    identities,
+    identity_keys,
+    shuffle,
+    stream_key,
+    unshuffle,
+)
 from megatron_curr.data.lot_owners import LotOwners
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.video_schema import VideoRecipe
@@ -75,6 +83,7 @@ class VideoOrder:
         self._key = np.array(
             [stream_key(recipe.seed, f"order/{cell.name}") for cell in self.cells], np.uint64
         )
+        self._identity_key = identity_keys([cell.name for cell in self.cells])
         self._bucket_of: Ints = np.array([planner.buckets.index(c.bucket) for c in self.cells])
         self._owners = [LotOwners(_mixture(s), self._bucket_of) for s in schedule.stretches]
         self._check_sizes(schedule)
@@ -102,6 +111,11 @@ class VideoOrder:
         size = np.full_like(epoch, self.num_clips[cell])
         clip = shuffle(in_epoch, size, self._epoch_key(cell, epoch))
         return Lot(position, cell, stretch.consumed_at(position), stretch, epoch, clip)
+
+    def identities(self, lot: Lot) -> Words:
+        """[lot_samples]: which clip each sample is, and where in the run."""
+        keys = np.full(len(lot.clip), self._identity_key[lot.cell])
+        return identities(keys, lot.sample_ids, lot.clip)
 
     # -- clip -> positions
 

@@ -22,6 +22,8 @@ from megatron_curr.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
 
+Value = float | str | None  # a number, a digest, or that there is none
+
 METRICS = {
     "run/num_ranks": "ranks of a start; one such row a start, at the token it begins from",
     "run/dp_size": "data-parallel replicas of that start",
@@ -49,6 +51,7 @@ METRICS = {
     "perf/slowest_rank_ratio": "its busy time over the median of all ranks",
     "perf/collective_wait_s": "median wait of the ranks for the slowest one in that step",
     "perf/mfu_frac": "model FLOP/s over the peak of all devices",
+    "data/samples_digest": "16 hex digits: which samples the step read, as `trace --verify` counts",
     "data/<source>/consumed_tokens": "since the start of the run",
     "data/<source>/epochs": "passes over the source since the start of the run",
     "eval/<source>/loss_nats_per_token": "on held-out text; null where none of it counts",
@@ -153,7 +156,7 @@ class Metrics:
         self._sinks = sinks
 
     def write(
-        self, values: Mapping[str, float | None], *, step: int, consumed_tokens: int, phase: str
+        self, values: Mapping[str, Value], *, step: int, consumed_tokens: int, phase: str
     ) -> None:
         """Write one row; names are checked against ``METRICS``.
 
@@ -169,7 +172,8 @@ class Metrics:
         }
         for name, value in values.items():
             check_name(name)
-            row[name] = value if value is not None and math.isfinite(value) else None
+            is_told = isinstance(value, str) or (value is not None and math.isfinite(value))
+            row[name] = value if is_told else None
         for sink in self._sinks:
             sink.write(row)
 
@@ -244,4 +248,5 @@ def _clock_of(line: bytes) -> float:
 
 
 def _values_of(row: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in row.items() if "/" in name and value is not None]
+    """What can be drawn."""
+    return [(n, value) for n, value in row.items() if "/" in n and isinstance(value, int | float)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_curr.curriculum.schedule import Schedule, StepPlan
+from megatron_curr.data.keyed import WORD, digest_of
 from megatron_curr.data.loader import Batch, Loader
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.video_loader import VideoBatch, VideoLoader
@@ -25,7 +26,7 @@ from megatron_curr.training.checkpoint_folder import RunState, SourceState
 from megatron_curr.training.console import Narrator
 from megatron_curr.training.evaluate import Evaluator
 from megatron_curr.training.life import Life
-from megatron_curr.training.metrics import LostWork, Metrics
+from megatron_curr.training.metrics import LostWork, Metrics, Value
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.training.signals import StopSignals
 from megatron_curr.training.step import Loss, Stepper, Update
@@ -34,6 +35,7 @@ from megatron_curr.training.video_evaluate import VideoEvaluator
 
 AnyBatch = Batch | VideoBatch
 
+HALF_WORD = 32  # bits
 _LIBRARIES = ("megatron_curr", "megatron-core", "torch", "numpy")
 
 
@@ -90,6 +92,7 @@ class Run:
     stop_reason: str | None = None
     wants_to_stop: bool = False  # some rank got a signal; known to all after each step
     is_save_written: bool = False  # no rank's writer is busy; known to all after each step
+    samples_digest: str = ""  # of what all ranks read in the newest step
     has_amendments: bool = False  # rank 0 saw the ledger grow; known to all after each step
     ledger_watch: LedgerWatch | None = None  # on rank 0, while steps are taken
     resumed: tuple[int, int] = (0, 0)  # step and token this start began from
@@ -138,11 +141,24 @@ class Run:
             self.signals.received is not None,
             self.checkpointer.is_writing,
             self.ledger_watch is not None and self.ledger_watch.look(plan.next_consumed_tokens),
+            *self._read_here(batches),
         )
         loss = self.stepper.forward_backward(batches, flags=flags)
         self.wants_to_stop, self.is_save_written = loss.flags[0] > 0, loss.flags[1] == 0
         self.has_amendments = loss.flags[2] > 0
+        low, high = (round(half) for half in loss.flags[3:5])
+        self.samples_digest = digest_of(low + (high << HALF_WORD))
         return loss
+
+    def _read_here(self, batches: Sequence[Batch] | Sequence[VideoBatch]) -> tuple[float, float]:
+        """Both halves of the sum of what these batches are; 0 where a peer reads the same ones.
+
+        Halves, because ranks are added up in float64: whole up to a million of them.
+        """
+        if self.groups.tp_rank or self.groups.pp_rank or self.groups.cp_rank:
+            return 0.0, 0.0
+        total = sum(int(batch.identities_B.sum()) for batch in batches) % WORD
+        return float(total % 2**HALF_WORD), float(total >> HALF_WORD)
 
     def optimizer_step(self, plan: StepPlan, loss: Loss) -> Update:
         """Apply the update, or refuse and count it."""
@@ -176,7 +192,7 @@ class Run:
         if not update.applied:
             values["train/nonfinite_first_position"] = plan.position
             values["train/nonfinite_num_samples"] = plan.num_samples
-        self.write(values, plan.phase)
+        self.write({**values, "data/samples_digest": self.samples_digest}, plan.phase)
         self.narrator.step(
             step=self.step,
             consumed_tokens=self.consumed_tokens,
@@ -185,7 +201,7 @@ class Run:
             tokens_per_s=plan.step_tokens / step_time_s,
         )
 
-    def write(self, values: Mapping[str, float | None], phase: str) -> None:
+    def write(self, values: Mapping[str, Value], phase: str) -> None:
         """Write one row at the clock as it stands."""
         self.metrics.write(
             values, step=self.step, consumed_tokens=self.consumed_tokens, phase=phase

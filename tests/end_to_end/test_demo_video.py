@@ -52,6 +52,7 @@ def test_the_video_demo_runs_through_and_again(
     for step in range(1, 6):
         assert f"step {step} of 5" in told
     assert "14 clips with the ema weights" in told
+    assert "steps agree, tokens 0 to" in told
     run = folder / "runs" / "demo_video"
     assert {phase in (run / "report.html").read_text() for phase in ("pictures", "large")} == {True}
     samples = run / "samples"

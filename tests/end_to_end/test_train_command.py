@@ -18,7 +18,7 @@ from megatron_curr.data.shards import ShardWriter
 from megatron_curr.incarnation.record import incarnations
 from megatron_curr.training.checkpoint_folder import list_checkpoints, read_state
 from megatron_curr.training.run_folder import RunFolder
-from tests.training.runs import Runs, losses, newest_tensors, rank_log, rows
+from tests.training.runs import Runs, losses, newest_tensors, rank_log, rows, verified_steps
 from tests.training.tiny import write_corpus
 
 TP2 = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
@@ -77,6 +77,7 @@ def test_killed_twice_and_resumed_is_the_unbroken_run_to_the_bit(runs: Runs) -> 
     assert "resumed at token" in output
     assert rows(run) == rows(unbroken)
     assert newest_tensors(run) == newest_tensors(unbroken)
+    assert verified_steps(run) == len(rows(unbroken))
 
 
 def test_signals_save_and_end_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
@@ -109,7 +110,7 @@ def test_signals_save_and_end_cleanly_and_one_rank_goes_on(runs: Runs) -> None:
     assert "stopped by SIGINT at token" in output
     code, output = finish(start(runs.recipe("terminated")))
     assert code == 0, output
-    assert len(losses(run)) == 24
+    assert len(losses(run)) == verified_steps(run) == 24
 
 
 def test_a_run_under_nohup_outlives_its_terminal(runs: Runs) -> None:

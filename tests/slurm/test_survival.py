@@ -27,7 +27,7 @@ from tests.slurm.drivers import (
     run_out_of_time_and_leave_a_zombie,
 )
 from tests.slurm.toy import STEPS, write_toy
-from tests.training.runs import rows
+from tests.training.runs import rows, verified_steps
 
 Rows = list[dict[str, Any]]
 _AT_ONCE = 4
@@ -63,6 +63,7 @@ def assert_unbroken(story: Story, expected: Rows, *, to_the_bit: bool) -> None:
         position, consumed_tokens = position + plan.num_samples, plan.next_consumed_tokens
         assert row["consumed_tokens"] == consumed_tokens
     assert position == schedule.total_samples
+    assert verified_steps(story.run.folder) == STEPS
     if to_the_bit:
         assert found == expected
     name = "train/loss_nats_per_token"

@@ -103,6 +103,16 @@ def rows(run: Path, name: str = "train/loss_nats_per_token") -> list[dict[str, A
     return sorted(kept, key=lambda row: row["consumed_tokens"])
 
 
+def verified_steps(run: Path) -> int:
+    """How many steps read what the ledger says, which must be all that the metrics tell of."""
+    from megatron_curr.trace_verify import verify_run
+
+    verdict = verify_run(run)
+    assert verdict.agrees, verdict.as_text()
+    assert (verdict.missing_tokens, verdict.num_without) == ((), 0)
+    return verdict.num_steps
+
+
 def rank_log(run: Path, rank: int = 0) -> Path:
     """A rank's log of the newest start."""
     return max((run / "logs").glob("[0-9]*")) / f"rank_{rank}.log"

@@ -16,7 +16,7 @@ from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.incarnation.record import incarnations
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training.amend import Amendment, amend_run
-from tests.training.runs import Runs, losses, newest_tensors, rank_log, rows
+from tests.training.runs import Runs, losses, newest_tensors, rank_log, rows, verified_steps
 
 LONGER = {
     "curriculum.phases.1.tokens": 6144,
@@ -67,6 +67,7 @@ def test_a_run_amended_while_it_trains_is_the_one_that_was_amended_before(runs: 
     assert without_zeros(run) == without_zeros(before)
     assert rows(run, "eval/math/loss_nats_per_token") != []
     assert newest_tensors(run) == newest_tensors(before)
+    assert verified_steps(run) == len(rows(run))
     for rank in (0, 1):
         assert f"amended from token {FROM} on (more math)" in rank_log(run, rank).read_text()
     assert [entry.edition.from_tokens for entry in read_ledger(run / "ledger.jsonl")] == [0, FROM]
@@ -84,6 +85,7 @@ def test_a_complete_run_is_made_longer_and_goes_on(runs: Runs) -> None:
     assert (done.from_tokens, done.new_end_tokens, done.is_running) == (8192, 9216, False)
     runs.train("short")  # the recipe as it was at first, too, goes on as amended
     assert (len(losses(run)), rows(run)[-1]["consumed_tokens"]) == (26, 9216)
+    assert verified_steps(run) == 26
     assert read_ledger(run / "ledger.jsonl")[-1].edition.from_tokens == 8192
 
 

@@ -46,6 +46,7 @@ def refused_update_leaves_the_bias(rank: int) -> None:
         document_ids_BS=None,
         source_index_B=torch.zeros(1, dtype=torch.int64),
         positions_B=torch.zeros(1, dtype=torch.int64),
+        identities_B=torch.zeros(1, dtype=torch.int64),
     )
     (bias,) = expert_biases(ddp)
     stepper.forward_backward([batch])

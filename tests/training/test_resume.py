@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import Runs, losses, newest_tensors, rows
+from tests.training.runs import Runs, losses, newest_tensors, rows, verified_steps
 
 TP2 = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
 PP2 = {"parallel.pipeline_model_parallel_size": 2}
@@ -70,6 +70,9 @@ def test_another_layout_reads_the_same_samples_to_the_same_loss(
     assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-4)
     consumed = "data/code/consumed_tokens"
     assert [row[consumed] for row in rows(resumed)] == [row[consumed] for row in rows(unbroken)]
+    digest = "data/samples_digest"
+    assert [row[digest] for row in rows(resumed)] == [row[digest] for row in rows(unbroken)]
+    assert verified_steps(resumed) == len(rows(unbroken))
 
 
 def test_bf16_main_parameters_move_between_optimizers(runs: Runs) -> None:

@@ -18,7 +18,7 @@ from megatron_curr.training.parity import differences
 from megatron_curr.training.parity_verdict import WEIGHTS
 from megatron_curr.training.preflight import prepare
 from tests.ranks import run_ranks
-from tests.training.runs import newest_tensors, rows, train_rank
+from tests.training.runs import newest_tensors, rows, train_rank, verified_steps
 from tests.training.tiny import write_recipe
 from tests.training.tiny_video import (
     CHANNELS,
@@ -145,6 +145,7 @@ def test_resume_on_another_layout_trains_on_the_same_samples(
         assert [row[place] for row in rows(resumed, LOSS)] == [
             row[place] for row in rows(unbroken, LOSS)
         ]
+    assert verified_steps(resumed) == len(rows(unbroken, LOSS))
     ours, theirs = _average(resumed), _average(unbroken)
     assert ours.keys() == theirs.keys() and len(ours) > 20
     off = [str(one) for one in differences(WEIGHTS, ours, theirs) if not one.relative <= TOLERANCE]
