@@ -17,17 +17,22 @@ from megatron_curr.convert import (
     deepseek_v2,
     deepseek_v3,
     falcon,
+    glm4,
     glm4_moe,
     gpt_neox,
+    granite,
     llama,
     mistral,
     mixtral,
+    nemotron,
     olmo2,
     olmo3,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
+    starcoder2,
     telechat2,
 )
 from megatron_curr.convert.config_fields import settle
@@ -37,13 +42,11 @@ from megatron_curr.recipe.expert_rules import expert_combinations
 from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.model_rules import combinations
 
-FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY
-    for module in (
-        *(llama, qwen2, qwen3, mistral, olmo2, olmo3, phi3),
-        *(gpt_neox, falcon, telechat2),
-        *(mixtral, qwen3_moe, deepseek_v3, deepseek_v2, glm4_moe),
-    )
+FAMILIES: tuple[Family, ...] = (
+    *(llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mistral.FAMILY, olmo2.FAMILY, olmo3.FAMILY),
+    *(phi3.FAMILY, granite.FAMILY, smollm3.FAMILY, glm4.GLM, glm4.FAMILY),
+    *(gpt_neox.FAMILY, falcon.FAMILY, starcoder2.FAMILY, nemotron.FAMILY, telechat2.FAMILY),
+    *(mixtral.FAMILY, qwen3_moe.FAMILY, deepseek_v3.FAMILY, deepseek_v2.FAMILY, glm4_moe.FAMILY),
 )
 _GEMMA = (
     "megatron-core 0.16.1 has no scaling of embeddings by sqrt(hidden_size), no norms on both "

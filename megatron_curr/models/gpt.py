@@ -55,6 +55,10 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
         "kv_channels": model.kv_channels,
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
+        "layernorm_zero_centered_gamma": model.layernorm_zero_centered_gamma,
+        "rotary_interleaved": model.rotary_interleaved,
+        "softmax_scale": model.softmax_scale,
+        "no_rope_freq": [*map(int, model.unrotated_layers)] if model.no_rope_freq else None,
         # megatron-core sums gradients of these norms over tensor ranks; ours over all heads is cut.
         "qk_layernorm": model.qk_layernorm and model.qk_layernorm_over == "head",
         "add_bias_linear": model.linear_biases == "all",
@@ -125,11 +129,23 @@ def build_gpt(
         pg_collection=groups.pg_collection,
         vp_stage=vp_stage,
     )
+    _multiply(gpt, model)
     mark_expert_parameters(gpt, tp_size=groups.tp_size, etp_size=groups.etp_size)
     if seed is not None:
         spread = partial(matrix_spread, std=model.init_method_std, num_layers=model.num_layers)
-        initialise_weights(gpt, groups=groups, seed=seed, spread=spread)
+        gain = 0.0 if model.layernorm_zero_centered_gamma else 1.0
+        initialise_weights(gpt, groups=groups, seed=seed, spread=spread, gain=gain)
     return gpt
+
+
+def _multiply(gpt: GPTModel, model: Model) -> None:
+    """The factors of embeddings and of logits, which megatron-core's model has no place for."""
+    if gpt.pre_process and (factor := model.embedding_multiplier) != 1.0:
+        gpt.embedding.register_forward_hook(lambda module, inputs, out: out * factor)
+    if gpt.post_process and (divisor := model.logits_scaling) != 1.0:
+        gpt.output_layer.register_forward_hook(
+            lambda module, inputs, out: (out[0] / divisor, *out[1:])
+        )
 
 
 def build_gpt_chunks(

@@ -113,8 +113,10 @@ def out_of_layer(backend: BackendSpecProvider, model: Model) -> type:
     linear = backend.row_parallel_linear()
     if model.linear_biases == "into_residual":
         return _with_bias(linear)
-    if model.norm_position == "after":
-        return _with_norm_after(linear, backend.layer_norm(rms_norm=True))
+    if model.norm_position != "before":
+        linear = _with_norm_after(linear, backend.layer_norm(rms_norm=True))
+    if model.residual_multiplier != 1.0:
+        linear = _multiplied(linear, model.residual_multiplier)
     return linear
 
 
@@ -150,13 +152,42 @@ def _with_norm_after(linear: type, norm: type) -> type:
     return NormedLinear
 
 
+@cache
+def _multiplied(linear: type, factor: float) -> type:
+    class MultipliedLinear(linear):
+        """The linear with a factor on its output and on its bias (Granite's residual one)."""
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            """The output, [S, B, D], and the bias that is added to it later."""
+            out, bias = super().forward(x)
+            return out * factor, None if bias is None else bias * factor
+
+    return MultipliedLinear
+
+
 def activation(model: Model) -> dict[str, Any]:
     """What ``TransformerConfig`` is told about the MLP's non-linearity."""
     if model.activation == "swiglu":
         return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
-    # megatron-core's fused gelu is the tanh approximation: never fused.
+    # megatron-core's fused gelu is the tanh approximation, and others it compiles: never fused.
     return {
-        "gated_linear_unit": False,
-        "activation_func": torch.nn.functional.gelu,
+        "gated_linear_unit": model.is_gated,
+        "activation_func": _ACTIVATIONS[model.activation],
         "bias_activation_fusion": False,
     }
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return torch.nn.functional.relu(x).square()
+
+
+_ACTIVATIONS = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "geglu_tanh": _gelu_tanh,
+    "squared_relu": _squared_relu,
+}

@@ -28,12 +28,17 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def gain_of(weight: Tensor, config: TransformerConfig) -> Tensor:
+    """What a norm multiplies by, in fp32."""
+    return upcast(weight) + 1 if config.layernorm_zero_centered_gamma else upcast(weight)
+
+
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` over the last dim, computed in fp32 (Zhang and Sennrich, 2019)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
+        self.config, self.eps = config, eps
         self.weight = nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
@@ -41,9 +46,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., D]; the result has the dtype of ``x``."""
-        return nn.functional.rms_norm(upcast(x), (x.shape[-1],), upcast(self.weight), self.eps).to(
-            x.dtype
-        )
+        gain = gain_of(self.weight, self.config)
+        return nn.functional.rms_norm(upcast(x), (x.shape[-1],), gain, self.eps).to(x.dtype)
 
 
 class ApexRMSNorm(RMSNorm):
@@ -53,7 +57,10 @@ class ApexRMSNorm(RMSNorm):
         """Normalise ``x`` [..., D]; the result has the dtype of ``x``."""
         from apex.normalization.fused_layer_norm import mixed_dtype_fused_rms_norm_affine
 
-        return mixed_dtype_fused_rms_norm_affine(x, self.weight, self.weight.shape, self.eps)
+        weight = self.weight
+        if self.config.layernorm_zero_centered_gamma:
+            weight = gain_of(weight, self.config)
+        return mixed_dtype_fused_rms_norm_affine(x, weight, weight.shape, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -61,7 +68,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
+        self.config, self.eps = config, eps
         device, dtype = torch.cuda.current_device(), config.params_dtype
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
@@ -70,8 +77,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., D]; the result has the dtype of ``x``."""
+        gain = gain_of(self.weight, self.config)
         return nn.functional.layer_norm(
-            upcast(x), (x.shape[-1],), upcast(self.weight), upcast(self.bias), self.eps
+            upcast(x), (x.shape[-1],), gain, upcast(self.bias), self.eps
         ).to(x.dtype)
 
 

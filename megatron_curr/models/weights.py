@@ -26,12 +26,17 @@ _PROJECTIONS_INTO_RESIDUAL = (".linear_proj.weight", ".linear_fc2.weight")
 
 @torch.no_grad()
 def initialise_weights(
-    chunk: nn.Module, *, groups: Groups, seed: int, spread: Callable[[str, Tensor], float | None]
+    chunk: nn.Module,
+    *,
+    groups: Groups,
+    seed: int,
+    spread: Callable[[str, Tensor], float | None],
+    gain: float = 1.0,
 ) -> None:
     """Fill one pipeline chunk in place.
 
     ``spread`` gives the standard deviation of a parameter, by its name in the whole model: normals,
-    or where it is None ones, and zeros for biases.
+    or where it is None ``gain``, and zeros for biases.
     """
     for name, parameter in named_full_parameters(chunk):
         std = spread(name, parameter)
@@ -46,7 +51,7 @@ def initialise_weights(
         elif name.endswith("bias"):
             parameter.zero_()
         else:
-            parameter.fill_(1.0)
+            parameter.fill_(gain)
 
 
 def matrix_spread(name: str, parameter: Tensor, *, std: float, num_layers: int) -> float | None:

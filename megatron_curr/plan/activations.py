@@ -98,7 +98,8 @@ def layer_bytes(batch: MicroBatch, *, has_experts: bool) -> int:
     mlp = _experts_bytes(batch) if has_experts else _mlp_bytes(batch)
     latent = batch.text.has_latent_attention
     attention = _latent_attention_bytes(batch) if latent else _attention_bytes(batch)
-    return 2 * _residual_norm_bytes(batch) + 2 * hidden_bytes + attention + mlp
+    norms = 4 if batch.text.norm_position == "both" else 2
+    return norms * _residual_norm_bytes(batch) + 2 * hidden_bytes + attention + mlp
 
 
 def checkpoint_bytes(batch: MicroBatch) -> int:
@@ -187,7 +188,7 @@ def _mlp_bytes(batch: MicroBatch) -> int:
 
 def _widths_kept(batch: MicroBatch) -> int:
     """Of gate and up together, what is multiplied, and the input of the way down, in widths."""
-    if batch.text.activation == "gelu":
+    if not batch.text.is_gated:
         return 2
     return 3 if batch.is_fused else 5
 

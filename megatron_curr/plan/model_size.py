@@ -46,8 +46,11 @@ def active_size(weight: Weight, model: Model) -> int:
 
 
 def layer_weights(model: Model, *, has_experts: bool) -> Iterator[Weight]:
-    """The weights of one transformer layer; its norms stand before or after attention and MLP."""
+    """Of one transformer layer; norms stand before attention and MLP, or after, or both."""
     yield from _norm("attention_norm", model.hidden_size, model)
+    if model.norm_position == "both":
+        yield from _norm("attention_norm_after", model.hidden_size, model)
+        yield from _norm("mlp_norm_after", model.hidden_size, model)
     latent = model.has_latent_attention
     yield from _latent_attention_weights(model) if latent else _attention_weights(model)
     yield from _norm("mlp_norm", model.hidden_size, model)
@@ -125,7 +128,7 @@ def _latent_attention_weights(model: Model) -> Iterator[Weight]:
 
 
 def _mlp_weights(name: str, width: int, model: Model) -> Iterator[Weight]:
-    into = 2 * width if model.activation == "swiglu" else width
+    into = 2 * width if model.is_gated else width
     yield Weight(f"{name}_fc1", into, model.hidden_size, "tensor")
     if model.linear_biases == "all":
         yield Weight(f"{name}_fc1_bias", into, cut="tensor")
@@ -141,7 +144,7 @@ def _into_residual(name: str, width: int, model: Model) -> Iterator[Weight]:
 def _expert_weights(model: Model) -> Iterator[Weight]:
     assert model.num_moe_experts is not None
     hidden, count, width = model.hidden_size, model.num_moe_experts, model.expert_ffn_hidden_size
-    into = 2 * width if model.activation == "swiglu" else width
+    into = 2 * width if model.is_gated else width
     yield Weight("router", count, hidden)
     yield Weight("experts_fc1", into, hidden, "experts", count)
     yield Weight("experts_fc2", hidden, width, "experts", count)

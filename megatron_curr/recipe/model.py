@@ -38,6 +38,12 @@ class Model(Section):
     max_position_embeddings: SequenceLength = Field(description="Longest sequence, tokens")
     rotary_base: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies")
     rotary_percent: float = Field(1.0, gt=0, le=1, description="Part of a head that is rotated")
+    rotary_interleaved: bool = Field(
+        False, description="Rotates neighbours in a head, not one half of it with the other"
+    )
+    no_rope_freq: Annotated[int, Field(gt=0)] | list[Literal[0, 1]] | None = Field(
+        None, description="Every n-th layer rotates nothing; or 1 and 0 for each layer; default: 0"
+    )
     rope_scaling_factor: float | None = Field(
         None,
         gt=1,
@@ -68,12 +74,15 @@ class Model(Section):
     normalization: Literal["RMSNorm", "LayerNorm"] = Field(
         "RMSNorm", description="Kind of every norm; LayerNorm has a bias"
     )
-    norm_position: Literal["before", "after"] = Field(
-        "before", description="Norms of a block's input, or of its output before it is added"
+    norm_position: Literal["before", "after", "both"] = Field(
+        "before", description="Norms of a block's input, of its output before it is added, or both"
+    )
+    layernorm_zero_centered_gamma: bool = Field(
+        False, description="Norms multiply by 1 + weight, which begins as 0"
     )
     layernorm_epsilon: float = Field(1e-5, gt=0, description="Added to a norm's variance")
-    activation: Literal["swiglu", "gelu"] = Field(
-        "swiglu", description="SwiGLU is gated: two projections in; gelu has one"
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "squared_relu"] = Field(
+        "swiglu", description="The first two are gated: two projections in; the others have one"
     )
     parallel_residual: bool = Field(
         False, description="Attention and MLP both read the layer's input, and are added together"
@@ -90,6 +99,16 @@ class Model(Section):
     untie_embeddings_and_output_weights: bool = Field(
         True, description="The output layer has weights of its own, not the embedding's"
     )
+    embedding_multiplier: float = Field(
+        1.0, gt=0, description="What embeddings are multiplied by on their way into the first layer"
+    )
+    residual_multiplier: float = Field(
+        1.0, gt=0, description="What attention's and MLP's outputs are, before they are added"
+    )
+    softmax_scale: float | None = Field(
+        None, gt=0, description="What attention's scores are; default: 1 / sqrt(kv_channels)"
+    )
+    logits_scaling: float = Field(1.0, gt=0, description="What logits are divided by")
     init_method_std: float = Field(
         0.02,
         gt=0,
@@ -157,6 +176,19 @@ class Model(Section):
         if isinstance(self.moe_layer_freq, int):
             return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
         return tuple(map(bool, self.moe_layer_freq))
+
+    @property
+    def unrotated_layers(self) -> tuple[bool, ...]:
+        """For every layer, whether its attention rotates nothing."""
+        if isinstance(self.no_rope_freq, list):
+            return tuple(map(bool, self.no_rope_freq))
+        every = self.no_rope_freq or self.num_layers + 1
+        return tuple((layer + 1) % every == 0 for layer in range(self.num_layers))
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has two projections in, one of which gates the other."""
+        return self.activation in ("swiglu", "geglu_tanh")
 
     @property
     def has_latent_attention(self) -> bool:

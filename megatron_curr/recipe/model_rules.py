@@ -15,12 +15,16 @@ _PLAIN = {
     "activation": "swiglu",
     "linear_biases": "none",
     "parallel_residual": False,
+    "residual_multiplier": 1.0,
 }
+_OWN_NORMS = {name: _PLAIN[name] for name in ("normalization", "linear_biases")}
 # A setting with this value, and what no model here combines with it.
 _APART: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-    ("norm_position", "after", {name: _PLAIN[name] for name in ("normalization", "linear_biases")}),
-    ("norm_position", "after", {"parallel_residual": False}),
+    ("norm_position", "after", {**_OWN_NORMS, "parallel_residual": False}),
+    ("norm_position", "both", {**_OWN_NORMS, "parallel_residual": False}),
     ("qk_layernorm", True, {"normalization": "RMSNorm"}),
+    ("qk_layernorm_over", "projection", {"layernorm_zero_centered_gamma": False}),
+    ("linear_biases", "into_residual", {"residual_multiplier": 1.0}),
 )
 
 
@@ -55,6 +59,12 @@ def combinations(model: Model) -> Iterator[Problem]:
             f"found {model.rotary_percent}; rotates {rotated:g} of {model.kv_channels} dims of a "
             "head, which must be an even number",
         )
+    if isinstance(model.no_rope_freq, list) and len(model.no_rope_freq) != model.num_layers:
+        yield Problem(
+            ("model", "no_rope_freq"),
+            f"lists {len(model.no_rope_freq)} layers of {model.num_layers}; give a 1 or 0 for "
+            "each, or a number",
+        )
     yield from _stretched_rotations(model)
     yield from _latent(model)
 
@@ -66,11 +76,9 @@ def _stretched_rotations(model: Model) -> Iterator[Problem]:
         yield Problem(
             ("model", given[1]), f"rotations are stretched one way: leave out this or {given[0]}"
         )
-    if model.yarn_scaling_factor is not None and model.rotary_percent != 1.0:
-        yield Problem(
-            ("model", "rotary_percent"),
-            f"found {model.rotary_percent}; megatron-core's YaRN rotates whole heads: set 1.0",
-        )
+    if model.yarn_scaling_factor is not None:
+        whole = {"rotary_percent": 1.0, "rotary_interleaved": False}
+        yield from _must_be(model, whole, because="yarn_scaling_factor")
 
 
 def _latent(model: Model) -> Iterator[Problem]:
@@ -89,6 +97,9 @@ def _latent(model: Model) -> Iterator[Problem]:
         "rotary_percent": 1.0,
         "rope_scaling_factor": None,
         "seq_len_interpolation_factor": None,
+        "rotary_interleaved": False,
+        "no_rope_freq": None,
+        "softmax_scale": None,
     }
     yield from _must_be(model, plain, because="kv_lora_rank")
 

@@ -49,6 +49,15 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "v_head_dim": (6,),
     "rope_interleave": (False,),
     "original_max_position_embeddings": (),  # of longrope, which is refused
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+        (1.0, 2.5),
+    ),
+    "no_rope_layers": ([0, 1], [1, 1]),
+    "no_rope_layer_interval": (1, 3),
+    "norm_epsilon": (0.01,),
+    "norm_eps": (0.01,),
+    "use_bias": (False,),
     "topk_method": ("group_limited_greedy",),
     "use_qk_norm": (False,),
     "num_ln_in_parallel_attn": (1, None),

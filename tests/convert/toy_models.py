@@ -89,6 +89,18 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
             "new_decoder_architecture": True,
         },
     ),
+    "granite": (
+        "granite",
+        {
+            **{**_PLAIN, "embedding_multiplier": 6.0, "residual_multiplier": 0.3},
+            **{"attention_multiplier": 0.2, "logits_scaling": 4.0, "tie_word_embeddings": True},
+        },
+    ),
+    "smollm3": ("smollm3", {**_PLAIN, "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "glm": ("glm", {**_PLAIN, "head_dim": 16, "pad_token_id": 0}),
+    "glm4": ("glm4", {**_PLAIN, "head_dim": 16, "pad_token_id": 0}),
+    "starcoder2": ("starcoder2", _PLAIN),
+    "nemotron": ("nemotron", {**_PLAIN, "head_dim": 16}),
     "gpt_neox": (
         "gpt_neox",
         {

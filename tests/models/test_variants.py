@@ -29,6 +29,24 @@ VARIANTS = {
         "yarn_original_max_position_embeddings": 32,
         "yarn_mscale": 1.5,
     },
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.3,
+        "softmax_scale": 0.2,
+        "logits_scaling": 4.0,
+        "untie_embeddings_and_output_weights": False,
+    },
+    "glm4": {  # which layers rotate is SmolLM 3's
+        "norm_position": "both",
+        "rotary_interleaved": True,
+        "rotary_percent": 0.5,
+        "no_rope_freq": 2,
+    },
+    "nemotron": {
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": True,
+        "activation": "squared_relu",
+    },
     "moonlight": {
         "num_query_groups": 4,
         "kv_lora_rank": 16,
@@ -63,7 +81,7 @@ VARIANTS = {
 MODELS = {name: {"model": tiny_model(**settings)} for name, settings in VARIANTS.items()}
 ONE_RANK_EACH = {"tp2 sp": layout(tp=2, sequence_parallel=True, etp=1), "cp2": layout(cp=2)}
 # Without experts and latent attention tensor parallelism needs no sequence parallelism.
-DENSE = {name: MODELS[name] for name in ("gpt_neox", "olmo2", "telechat2", "yarn")}
+DENSE = {name: MODELS[name] for name, model in VARIANTS.items() if "kv_lora_rank" not in model}
 
 
 def save_one_rank(rank: int, path: Path) -> None:
