@@ -12,6 +12,8 @@ import jinja2
 
 from megatron_curr.convert.source import RunSource
 from megatron_curr.convert.tokenizer import Published
+from megatron_curr.curriculum.differences import schedule_differences
+from megatron_curr.curriculum.ledger import ledger_schedule, read_ledger
 from megatron_curr.report.records import RunRecords, read_run
 from megatron_curr.report.views import build_view, heldout_loss, mixture, train_loss
 from megatron_curr.units import format_count
@@ -62,6 +64,7 @@ def write_card(
         consumed_tokens=consumed_tokens,
         total_tokens=run.schedule.total_tokens,
         phases=_phase_lines(run, consumed_tokens),
+        amendments=_amendments(source, consumed_tokens),
         sources=_source_lines(source, run),
         plots=_write_plots(run, folder),
     )
@@ -114,6 +117,21 @@ def _phase_lines(run: RunRecords, consumed_tokens: int) -> list[dict[str, object
                 ),
             }
         )
+    return lines
+
+
+def _amendments(source: RunSource, consumed_tokens: int) -> list[dict[str, object]]:
+    """What was changed of the plan while the run went on, up to the checkpoint."""
+    path = source.folder / "ledger.jsonl"
+    ledger = read_ledger(path) if path.is_file() else ()
+    lines: list[dict[str, object]] = []
+    for number, entry in enumerate(ledger):
+        start = entry.edition.from_tokens
+        if number == 0 or start >= consumed_tokens:
+            continue
+        old, new = (ledger_schedule(ledger[:end]) for end in (number, number + 1))
+        changes = [str(change) for change in schedule_differences(old, new, from_tokens=start)]
+        lines.append({"from_tokens": start, "reason": entry.reason, "changes": changes})
     return lines
 
 

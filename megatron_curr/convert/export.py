@@ -110,6 +110,24 @@ def heldout_sets(recipe: Recipe) -> dict[str, ShardSet]:
     return found
 
 
+def _documents_begin_with(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The ids before every document, as shards that are on this machine say; and what to tell."""
+    is_here = False
+    for source in recipe.data.sources.values():
+        for spec in filter(None, (source.shards, source.heldout)):
+            try:
+                made_by = open_shards(spec).tokenizers
+            except DataError:
+                continue
+            is_here = True
+            if made_by:  # training refuses sources that differ
+                return made_by[0].bos_ids, ()
+    if is_here:  # of another tool: it says nothing
+        return (), ()
+    note = "no shards of the run are on this machine to say whether documents begin with a BOS: "
+    return (), (f"{note}the exported tokenizer puts none before a text",)
+
+
 def _write_run_files(
     source: Source, folder: Path, *, family: Family, sizes: Written
 ) -> tuple[str, ...]:
@@ -122,10 +140,12 @@ def _write_run_files(
     )
     # Transformers chooses a tokenizer's class by the config, too.
     write_json(folder / "config.json", config)
+    begins_with, notes = _documents_begin_with(recipe)
     published = write_tokenizer(
         recipe.data.tokenizer,
         folder,
         max_tokens=source.model.max_position_embeddings,
+        begins_with=begins_with,
         texts=[tokenizer.decode(ids) for ids in _heldout_ids(recipe)],
     )
     write_json(folder / "config.json", {**config, **published.token_ids})
@@ -138,7 +158,7 @@ def _write_run_files(
         made_by=source.history,
         tokenizer=published,
     )
-    return published.notes
+    return (*notes, *published.notes)
 
 
 def _write_carried_files(

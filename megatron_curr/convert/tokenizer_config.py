@@ -168,10 +168,11 @@ def as_training_read(
         )
         read = " ".join(map(repr, begins_with))
         read = f"{read} before every document" if read else "no such token"
-        notes.append(
-            f"{path}: its post-processor puts {was or 'nothing before a text'}; training read "
-            f"{read} and so does the export"
-        )
+        if path.suffix == ".json":  # other kinds have none that could be told of
+            notes.append(
+                f"{path}: its post-processor puts {was or 'nothing before a text'}; training read "
+                f"{read} and so does the export"
+            )
     for name in ("truncation", "padding"):
         if document.get(name):
             new[name] = None
@@ -179,7 +180,7 @@ def as_training_read(
     if document["model"].get("dropout"):
         new["model"] = {**document["model"], "dropout": None}
         notes.append(f"{path}: dropout of merges, which training did not read, is off")
-    return (new if notes else document), notes
+    return (document if new == document else new), notes
 
 
 def _post_processor(

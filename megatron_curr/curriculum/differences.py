@@ -24,6 +24,17 @@ class Change:
     before: tuple[str | float | None, str | float | None]
     after: tuple[str | float | None, str | float | None]
 
+    def __str__(self) -> str:
+        return f"{self.what}: {_spelt(self.before)} -> {_spelt(self.after)}"
+
+
+def _spelt(values: tuple[str | float | None, str | float | None]) -> str:
+    first, last = (
+        f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
+        for value in values
+    )
+    return first if first == last else f"{first}..{last}"
+
 
 Values = dict[str, str | float]
 

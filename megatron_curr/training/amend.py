@@ -65,9 +65,8 @@ class Amendment:
         """For a person: where it begins, and every difference by token."""
         lines = [f"from token {self.from_tokens:,} on:"]
         for change in self.changes:
-            before, after = _spelt(change.before), _spelt(change.after)
             span = f"{format_count(change.from_tokens)} to {format_count(change.to_tokens)}"
-            lines.append(f"  {span:>18}  {change.what}: {before} -> {after}")
+            lines.append(f"  {span:>18}  {change}")
         if self.new_end_tokens != self.old_end_tokens:
             lines.append(f"the end moves from {self.old_end_tokens:,} to {self.new_end_tokens:,}")
         if self.new_sources:
@@ -155,14 +154,6 @@ def _checked(
         planner=planner_of(recipe),
     )
     return amended[-1], prepare(recipe, _world_size(folder, recipe), ledger=amended).schedule
-
-
-def _spelt(values: tuple[str | float | None, str | float | None]) -> str:
-    first, last = (
-        f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
-        for value in values
-    )
-    return first if first == last else f"{first}..{last}"
 
 
 def _append(folder: RunFolder, ledger: Sequence[Entry], entry: Entry, recipe: AnyRecipe) -> bool:

@@ -7,10 +7,10 @@ import pickle
 import shutil
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 
 from megatron_curr.cli import main
 from megatron_curr.convert.export import Export, export
@@ -18,6 +18,7 @@ from megatron_curr.convert.run_conversion import run_conversion
 from megatron_curr.convert.source import open_source
 from megatron_curr.convert.stored import open_stored
 from megatron_curr.convert.verify import compare, verify
+from megatron_curr.data.shards import open_shards
 from megatron_curr.errors import CheckpointError, DataError, RecipeError, UserError
 from tests.convert.saved_runs import VOCAB_SIZE, save_run, write_corpus
 
@@ -205,22 +206,6 @@ def test_a_chat_template_is_published_for_versions_4_and_5(plain_run: Path, tmp_
     assert not (tmp_path / "other").exists()
 
 
-def test_model_card_tells_the_run(plain_run: Path, tmp_path: Path) -> None:
-    export_run(plain_run, tmp_path / "hf")
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "| prose | 4,096 | 100.0% | 0.51 | 4.250 |" in card
-    assert "| short | 4,096 | 32 | 256 | 0 → 0.003 | prose 100.0% |" in card
-    assert "| mixed |" not in card  # the checkpoint has not reached it
-    assert "4,096 tokens of the 8,192" in card
-    assert "AutoModelForCausalLM" in card
-    assert "gradients clipped at 1.0" in card
-    for name in ("mixture", "train_loss", "heldout_loss"):
-        assert f"](plots/{name}.svg)" in card
-        root = ElementTree.parse(tmp_path / "hf" / "plots" / f"{name}.svg").getroot()
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
-
-
 def test_a_target_with_content_is_refused_and_kept(plain_run: Path, tmp_path: Path) -> None:
     target = tmp_path / "hf"
     target.mkdir()
@@ -363,3 +348,22 @@ def test_a_chunk_with_other_bytes_is_named(own_run: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match="final_layernorm"):
         stored.read("decoder.final_layernorm.weight")
+
+
+def test_documents_that_begin_with_a_bos_are_read_so(own_run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    recipe = yaml.safe_load((own_run / "recipe.yaml").read_text())
+    tokenizer = recipe["data"]["tokenizer"]
+    text = Path(tokenizer).with_name("text.jsonl")
+    command = ["preprocess", str(text), "--tokenizer", tokenizer, "--workers", "1"]
+    assert main([*command, "--output", str(tmp_path / "shards"), "--bos", "yes"]) == 0
+    for source in recipe["data"]["sources"].values():
+        source["shards"] = str(tmp_path / "shards" / "train")
+    (own_run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert export_run(own_run, tmp_path / "hf").notes == ()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("a tensor").input_ids
+    shards = open_shards(tmp_path / "shards" / "train")
+    assert ids[0] == shards.read(0, 1)[0] == 1
+    assert 1 not in ids[1:]
+    assert "and began with `<s>`" in (tmp_path / "hf" / "README.md").read_text()
