@@ -20,12 +20,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from launch.check import check_run
 from launch.failure import RankEnd, Story, describe, first_failure
 from megatron_curr.incarnation.conclude import conclude
 from megatron_curr.incarnation.record import Ending, Incarnation, Record, incarnations
 from megatron_curr.incarnation.surroundings import is_of_a_launcher, pins_threads
 from megatron_curr.recipe.load import dump_recipe, load_recipe
-from megatron_curr.training.preflight import prepare
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.training.signals import STOP_SIGNALS, is_left_to_us
 
@@ -48,7 +48,7 @@ def launch_training(
     ``UserError`` for what is wrong before any rank starts; nothing is written then.
     """
     recipe = load_recipe(recipe_path, overrides)
-    folder = prepare(recipe, ranks).folder
+    folder = check_run(recipe, ranks).folder
     folder.check_free()
     with TemporaryDirectory(prefix="megatron-curr-") as name:
         meeting = Path(name)

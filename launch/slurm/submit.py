@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from launch.check import check_run
 from launch.slurm import client
 from launch.slurm.checks import (
     Pace,
@@ -32,7 +33,6 @@ from megatron_curr.errors import CheckpointError
 from megatron_curr.incarnation.record import incarnations
 from megatron_curr.plan.shapes import AnyRecipe
 from megatron_curr.recipe.load import dump_recipe, load_recipe
-from megatron_curr.training.preflight import prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def submit_run(
     num_nodes = wish.num_nodes or profile.nodes
     recipe = load_recipe(recipe_path, overrides)
     recipe = recipe.model_copy(update={"run_folder": recipe.folder.resolve()})
-    prepare(recipe, num_nodes * profile.ranks_per_node)
+    check_run(recipe, num_nodes * profile.ranks_per_node)
     check_run_folder(recipe.folder, loaded)
     plan = check_plan(recipe, loaded, num_nodes)
     pace = pace_of(recipe.folder, profile, plan)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_curr.cli.app import AsJson, Overrides, RecipeFile, RunFolder, app, count
+
+if TYPE_CHECKING:
+    from megatron_curr.plan.findings import Plan
 
 GpuMemory = Annotated[
     float | None, typer.Option(min=0.1, help="Memory of a GPU, GiB, instead of the table's.")
@@ -50,12 +54,11 @@ def plan(
     """Say whether a run fits and what it costs; exits with 1 where it does not fit.
 
     Memory of every pipeline stage, messages, time, epochs, checkpoints; needs neither GPU nor data.
+    Where the data is here, all is checked that training would refuse.
     """
-    from rich.console import Console
-
+    from launch.check import refusal_of
     from megatron_curr.data.survey import survey_data
     from megatron_curr.plan.cluster import Cluster, find_gpu
-    from megatron_curr.plan.page import print_plan
     from megatron_curr.plan.run_plan import plan_run
     from megatron_curr.recipe.load import load_recipe
 
@@ -78,12 +81,18 @@ def plan(
         mfu=mfu,
         is_fused=not local_modules,
     )
-    if as_json:
-        typer.echo(json.dumps(made.json(), indent=2))
-    else:
-        # A log has no width of its own: rich would cut the columns at 80.
-        print_plan(made, Console(highlight=False, width=max(Console().width, 100)))
-    raise typer.Exit(0 if made.fits else 1)
+    made = replace(made, refusal=refusal_of(wanted, nodes * gpus_per_node, survey))
+    typer.echo(json.dumps(made.json(), indent=2)) if as_json else _print_plan(made)
+    raise typer.Exit(0 if made.fits and not made.refusal else 1)
+
+
+def _print_plan(made: Plan) -> None:
+    from rich.console import Console
+
+    from megatron_curr.plan.page import print_plan
+
+    # A log has no width of its own: rich would cut the columns at 80.
+    print_plan(made, Console(highlight=False, width=max(Console().width, 100)))
 
 
 @app.command(

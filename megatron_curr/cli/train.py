@@ -1,4 +1,4 @@
-"""Verbs that train: demo, train, parity."""
+"""Verbs that train, or look whether one could: demo, train, check, parity."""
 
 from __future__ import annotations
 
@@ -45,11 +45,40 @@ def train(
             help="Save and end at the first step on or after this token, such as 900k.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that can be known now; start nothing.")
+    ] = False,
 ) -> None:
     """Train a recipe, from its newest checkpoint where the run folder holds one."""
+    if dry_run:
+        _check(recipe, overrides, ranks, as_json=False)
+        return
     from launch.local import launch_training
 
     raise typer.Exit(launch_training(recipe, overrides or [], ranks, stop_at_tokens=stop_at))
+
+
+@app.command(epilog="Example: megatron-curr check configs/demo_text.yaml --ranks 2")
+def check(
+    recipe: RecipeFile,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks. Default: as few as the layout takes.")
+    ] = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Find all that training would refuse: recipe, layout, data, tokenizer, init_from, disk.
+
+    Starts no rank, writes nothing, and claims no folder; exits with 2 and the reason.
+    """
+    _check(recipe, overrides, ranks, as_json=as_json)
+
+
+def _check(recipe: Path, overrides: list[str] | None, ranks: int | None, *, as_json: bool) -> None:
+    from launch.check import check_recipe_file
+
+    checked = check_recipe_file(recipe, overrides or [], ranks)
+    typer.echo(checked.as_json() if as_json else checked.as_text())
 
 
 @app.command(

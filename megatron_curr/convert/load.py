@@ -65,11 +65,7 @@ def load_weights(
     rows as the model was built. Rows that pad stay as built. Raises ``CheckpointError`` for
     another vocabulary, or a weight that is missing or of another shape.
     """
-    if vocab_size < source.vocab_size or (vocab_size > source.vocab_size and new_rows is None):
-        raise CheckpointError(
-            f"{source.path}: has {source.vocab_size:,} tokens and the recipe's model "
-            f"{vocab_size:,}; use its tokenizer, or one that adds to it and set init_new_tokens"
-        )
+    _check_vocabulary(source, vocab_size, new_rows)
     means: dict[str, Tensor] = {}
     for chunk in chunks:
         state: dict[str, Any] = chunk.sharded_state_dict(
@@ -84,6 +80,14 @@ def load_weights(
                     if name not in means:
                         means[name] = _mean_row(source.weights, name, source.vocab_size)
                     _fill_rows(tensor, means[name], source.vocab_size, vocab_size)
+
+
+def _check_vocabulary(source: Source, vocab_size: int, new_rows: NewRows | None) -> None:
+    if vocab_size < source.vocab_size or (vocab_size > source.vocab_size and new_rows is None):
+        raise CheckpointError(
+            f"{source.path}: has {source.vocab_size:,} tokens and the recipe's model "
+            f"{vocab_size:,}; use its tokenizer, or one that adds to it and set init_new_tokens"
+        )
 
 
 def _fill(tensor: ShardedTensor, source: Source, *, name: str, lead: int) -> None:
@@ -128,7 +132,10 @@ def _fill_rows(tensor: ShardedTensor, row: Tensor, start: int, end: int) -> None
 def first_weights(
     recipe: Recipe | VideoRecipe, *, vocab_size: int
 ) -> Callable[[list[nn.Module], Groups], None] | None:
-    """What fills a run's model before its first step; None where weights are drawn."""
+    """What fills a run's model before its first step; None where weights are drawn.
+
+    Raises a ``UserError`` for a folder that is not there, damaged, or of another model.
+    """
     if isinstance(recipe, VideoRecipe):
         from megatron_curr.convert.video_first_weights import video_first_weights  # reads this
 
@@ -141,6 +148,9 @@ def first_weights(
         other = "checkpoint" if kind == "hf" else "hf"
         raise RecipeError(f"init_from: {name} is no {kind} folder; write {other}:{name}")
     _check_model(recipe.model, source)
+    _check_vocabulary(source, vocab_size, recipe.init_new_tokens)
+    if kind == "hf":
+        source.pieces(source.family())  # are its tensors what they should be?
 
     def fill(chunks: list[nn.Module], groups: Groups) -> None:
         load_weights(

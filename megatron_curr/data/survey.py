@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ class Survey:
     source_tokens: Mapping[str, int]
     document_tokens: NDArray[np.int64] | None  # [n] lengths of some documents of all sources
     remarks: tuple[str, ...]
+    is_whole: bool  # whether every source and the tokenizer are here
 
 
 def survey_data(recipe: Recipe | VideoRecipe) -> Survey:
@@ -54,12 +56,15 @@ def _of_video(recipe: VideoRecipe) -> Survey:
             clips = len(shards.clips_of(bucket))
             if clips:
                 sizes[f"{name}/{bucket}"] = clips * recipe.sample_tokens(bucket)
-    return Survey(None, sizes, None, tuple(_said(missing)))
+    return Survey(None, sizes, None, tuple(_said(missing)), is_whole=not missing)
 
 
 def _said(missing: list[str]) -> Iterator[str]:
     if missing:
-        yield f"no shards that can be opened here, so no epochs, for {', '.join(missing)}"
+        yield (
+            f"no shards that can be opened here, so no epochs and no check of the data, for "
+            f"{', '.join(missing)}"
+        )
 
 
 def _of_text(recipe: Recipe) -> Survey:
@@ -86,6 +91,7 @@ def _of_text(recipe: Recipe) -> Survey:
         source_tokens={name: shards.num_tokens for name, shards in found.items()},
         document_tokens=lengths,
         remarks=tuple(remarks),
+        is_whole=not missing and Path(recipe.data.tokenizer).exists(),
     )
 
 

@@ -75,6 +75,7 @@ class Plan:
     warnings: tuple[str, ...]
     remarks: tuple[str, ...]
     alternatives: tuple[Alternative, ...] = ()
+    refusal: str | None = None  # why training would not start, as far as this machine can tell
 
     @property
     def fits(self) -> bool:
@@ -113,6 +114,7 @@ class Plan:
             "name": self.recipe.name,
             "fits": self.fits,
             "problems": list(self.problems),
+            "refusal": self.refusal,
             "warnings": list(self.warnings),
             "remarks": list(self.remarks),
             "cluster": asdict(self.cluster),

@@ -271,6 +271,8 @@ def _verdict(plan: Plan) -> Text:
             f"{format_duration(plan.hours * 3600)} of training, "
             f"{format_count(round(plan.hours * plan.cluster.world_size))} GPU hours"
         )
+    if plan.refusal:
+        lines.append("\nTRAINING WOULD REFUSE IT: ", "bold red").append(plan.refusal)
     lines.rstrip()
     return lines
 

@@ -32,6 +32,7 @@ from megatron_curr.plan.step_time import step_time, together
 from megatron_curr.plan.traffic import Message, messages
 from megatron_curr.recipe.check import check_layout, check_recipe
 from megatron_curr.recipe.model import Model
+from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.video_schema import VideoRecipe
 
 _GIB = 2**30
@@ -226,5 +227,11 @@ def _assumptions(recipe: AnyRecipe, document_tokens: Ints | None) -> list[str]:
         remarks.append(
             "documents are isolated, but their lengths are not known here: attention is counted "
             "as if each window were one document, which is the most it can be"
+        )
+    if isinstance(recipe, Recipe) and recipe.data.chunk_tokens is None:
+        longest = max(phase.seq_length for phase in recipe.curriculum.phases)
+        remarks.append(
+            f"data.chunk_tokens is the longest seq_length, {longest:,}, for the whole run: it "
+            "leaves an amendment no room for longer ones; set it to a multiple before the start"
         )
     return remarks

@@ -130,7 +130,9 @@ def _read_mapping(
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(_no_such_file(file, what)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except OSError as error:
         raise RecipeError(f"{file}: cannot be read as a {what}: {error}") from None
     data, lines = parse_yaml(text, str(file))
     if not isinstance(data, dict):

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.schema import Recipe
-from megatron_curr.recipe.section import Section
+from megatron_curr.recipe.section import NAME_PATTERN, Section
 from megatron_curr.recipe.yaml_lines import Path
 
 
@@ -76,6 +76,8 @@ def _problem_of(details: ErrorDetails, section: type[Section]) -> Problem:
         return Problem(path, f"missing; {_what_is_expected(path, section)}")
     if kind == "value_error":
         return Problem(path, str(details["ctx"]["error"]))
+    if kind == "string_pattern_mismatch" and details["ctx"]["pattern"] != NAME_PATTERN:
+        return Problem(path, f"found {_shown(found)}; {_what_is_expected(path, section)}")
     return Problem(path, f"found {_shown(found)}; {_requirement(details)}")
 
 

@@ -50,6 +50,12 @@ for _name, _pattern, _first in _SCALARS:
         )
 
 
+_REMEDIES = {
+    "found character '\\t' that cannot start any token": "found a tab; indent with spaces",
+    "but found another document": "found a second document after '---'; keep one of the two",
+}
+
+
 def _construct_int(_loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(node.value.replace("_", ""))
 
@@ -78,7 +84,8 @@ def parse_yaml(text: str, file_name: str) -> tuple[Any, dict[Path, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise RecipeError(f"{file_name}:{line}: not valid YAML: {error.problem}") from None
+        problem = _REMEDIES.get(str(error.problem), error.problem)
+        raise RecipeError(f"{file_name}:{line}: not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{file_name}: not valid YAML: {error}") from None
     finally:

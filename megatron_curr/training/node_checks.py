@@ -23,13 +23,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_curr.parallel.groups import Groups
-from megatron_curr.plan.dit import dit_parameters
-from megatron_curr.plan.model_size import num_parameters
 from megatron_curr.recipe.load import dump_recipe
-from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training.life import Life, RunFailed
 from megatron_curr.training.local_copy import local_fault
 from megatron_curr.training.preflight import Prepared
+from megatron_curr.training.room import Room, needed_bytes
 from megatron_curr.training.run import library_versions
 from megatron_curr.units import format_bytes, format_duration
 
@@ -40,8 +38,6 @@ LEAST_WRITE_BYTES_PER_S = 2 << 20
 LEAST_OPEN_FILES = 1024
 COLLECTIVE_LIMIT_S = 30.0
 _WRITTEN_BYTES = 4 << 20
-# fp32 weights and two moments, and as much again while the checkpoint before is kept.
-_BYTES_PER_PARAMETER = 2 * 12
 _PACKAGES = ("megatron_curr", "launch")
 
 
@@ -106,8 +102,7 @@ def check_nodes(prepared: Prepared, life: Life, *, node_local: Path | None = Non
     told: list[NodeReport | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, report)
     reports = [report for report in told if report is not None]
-    needed_bytes = _num_parameters(prepared) * _BYTES_PER_PARAMETER
-    faults = find_faults(reports, needed_bytes=needed_bytes)
+    faults = find_faults(reports, needed_bytes=needed_bytes(prepared))
     for fault in faults:
         log.error("preflight: %s", fault.detail)
     if faults:
@@ -151,10 +146,9 @@ def find_faults(reports: Sequence[NodeReport], *, needed_bytes: int) -> list[Fau
         if report.local_fault:
             add("node-local", f"its own disk takes no checkpoint: {report.local_fault}; mend that, "
                 "or change node_local of the profile")  # fmt: skip
-    if (free_bytes := min(report.free_bytes for report in reports)) < needed_bytes:
-        text = f"the run folder's disk has {format_bytes(free_bytes)} free, two checkpoints need "
-        text += f"{format_bytes(needed_bytes)}; free some, or move run_folder"
-        faults.append(Fault("disk-space", (), text))
+    room = Room(needed_bytes, min(report.free_bytes for report in reports))
+    if room.fault:
+        faults.append(Fault("disk-space", (), room.fault))
     for check, values in (
         ("versions", [tuple(map(" ".join, sorted(r.versions.items()))) for r in reports]),
         ("recipe", [(report.recipe,) for report in reports]),
@@ -204,13 +198,6 @@ def check_groups(groups: Groups, life: Life, *, limit_s: float = COLLECTIVE_LIMI
             ) from error
         if float(value) != size:
             raise BadNode(f"{axis}-group", f"{who}: an all-reduce of ones gave {float(value)}")
-
-
-def _num_parameters(prepared: Prepared) -> int:
-    recipe = prepared.recipe
-    if isinstance(recipe, VideoRecipe):
-        return dit_parameters(recipe.model)
-    return num_parameters(recipe.model, vocab_size=prepared.vocab_size)
 
 
 def code_fingerprint() -> str:

@@ -203,7 +203,7 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="cannot be read as a recipe"):
+    with pytest.raises(RecipeError, match="save it as UTF-8"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
@@ -251,3 +251,18 @@ def test_shipped_recipe_that_does_not_exist_is_refused() -> None:
 def test_every_shipped_recipe_loads() -> None:
     for file in Path(__file__).parents[2].glob("configs/*.yaml"):
         load_recipe(shipped_recipe(file.name))
+
+
+def test_second_document_in_a_file_is_told_as_such(tmp_path: Path) -> None:
+    line = only_refusal(tmp_path, text=SOUND + "---\nname: other\n")
+    assert "found a second document after '---'; keep one of the two" in line
+
+
+def test_tab_is_told_as_such(tmp_path: Path) -> None:
+    line = only_refusal(tmp_path, text=SOUND.replace("  tokenizer", "\ttokenizer"))
+    assert line == "recipe.yaml:4: not valid YAML: found a tab; indent with spaces"
+
+
+def test_init_from_without_its_kind_is_explained(tmp_path: Path) -> None:
+    line = only_refusal(tmp_path, "init_from=hf_out")
+    assert line.startswith("init_from: found 'hf_out'; give it: First weights: hf:FOLDER")
