@@ -47,6 +47,7 @@ from data_tools.unit_work import (
 from data_tools.unknown_text import Unknown, check_unknown
 from data_tools.workers import Workers
 from megatron_curr.data.manifest import FILE_NAME, read_manifest
+from megatron_curr.data.sentencepiece_model import publishing_warning
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
 from megatron_curr.units import format_bytes
@@ -261,6 +262,8 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
     run.verdict = check_engine(run, workers, job)
     run.progress.note(run.verdict.text())
     run.progress.note(run.preparation.bos_text)
+    if warning := publishing_warning(run.tokenizer):
+        run.progress.note(warning)
     job = replace(job, engine=run.verdict.engine)
     run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)
 

@@ -46,3 +46,13 @@ def why_not_fast(tokenizer: Tokenizer) -> str | None:
     if any(piece.type == UNUSED for piece in model.pieces):
         return "it has pieces that are marked as unused"
     return None
+
+
+def publishing_warning(tokenizer: Tokenizer) -> str | None:
+    """What to know of a tokenizer before a run is trained with it; None for most."""
+    reason = why_not_fast(tokenizer)
+    return reason and (
+        f"warning: {tokenizer.path}: {reason}, so an export of the run has no tokenizer.json, only "
+        "this file and the slow class of transformers that reads it; for a fast one train BPE with "
+        "byte fallback and without normalisation, as `megatron-curr train-tokenizer` does"
+    )

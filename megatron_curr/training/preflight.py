@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule
 from megatron_curr.curriculum.schedule import Schedule
 from megatron_curr.data.order import SampleOrder
+from megatron_curr.data.sentencepiece_model import publishing_warning
 from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.data.video_data import build_video_order, open_video_data
@@ -40,6 +41,7 @@ class Prepared:
     vocab_size: int  # 0 for video
     changes: list[Difference]  # against the recipe of the last start, all allowed
     encoders: dict[str, str] | None = None  # of video, digests of what made latents and texts
+    warnings: tuple[str, ...] = ()  # what is no fault, and is better known before than after
     is_of_before_amendment: bool = False  # the recipe was given as it was before the last one
 
     @property
@@ -104,6 +106,7 @@ def _open_text(
         heldout_sets=heldout_sets,
         vocab_size=vocab_size,
         changes=changes,
+        warnings=tuple(filter(None, [publishing_warning(tokenizer)])),
     )
 
 
