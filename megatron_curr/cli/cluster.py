@@ -160,6 +160,10 @@ def amend(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print; write nothing.")
     ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Where --from lies past the end: begin at the end instead."),
+    ] = False,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
@@ -172,6 +176,27 @@ def amend(
         load_recipe(recipe, overrides or []),
         from_tokens=from_token,
         reason=reason,
+        extend=extend,
         write=not dry_run,
     )
+    typer.echo(done.as_json() if as_json else done.as_text())
+
+
+@app.command(epilog="Example: megatron-curr rollback runs/demo_text --to 819200 --dry-run")
+def rollback(
+    run: RunFolder,
+    to: Annotated[
+        int,
+        typer.Option(parser=count, metavar="TOKENS", help="The token of one of its checkpoints."),
+    ],
+    reason: Annotated[str, typer.Option(help="Why, for the ledger.")] = "rolled back",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a run that is not running back to a checkpoint; what came after is set aside."""
+    from megatron_curr.training.rollback import roll_back
+
+    done = roll_back(run, to, reason=reason, write=not dry_run)
     typer.echo(done.as_json() if as_json else done.as_text())

@@ -6,6 +6,9 @@ the editions before it, whatever it says: the future can be amended, the past ca
 
 Who appends holds ``hold_ledger``; so does a running job for the instant in which it looks for new
 entries and says from which token on it will take them.
+
+An amendment takes the place of earlier ones that lie ahead of its first token. A *note* changes
+nothing ahead: it says that the run was rolled back, from which token to which.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pydantic import ValidationError
 
 from megatron_curr.curriculum.planner import Planner
 from megatron_curr.curriculum.schedule import Edition, Schedule, build_schedule
-from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.phases import Curriculum
 from megatron_curr.recipe.video_phases import VideoCurriculum
 
@@ -41,6 +44,8 @@ class Entry:
     previous: str  # hash of the entry before, GENESIS for the first
     # Every source of the recipe from here on, as JSON; None where they are those of before.
     sources: Mapping[str, Any] | None = None
+    # Of a note: the token that the run had reached when it was rolled back to ``from_tokens``.
+    rolled_back_from: int | None = None
 
     @property
     def hash(self) -> str:
@@ -61,6 +66,8 @@ class Entry:
         }
         if self.sources is not None:
             body["sources"] = dict(self.sources)
+        if self.rolled_back_from is not None:
+            body["rolled_back_from"] = self.rolled_back_from
         return json.dumps(body, sort_keys=True)
 
 
@@ -80,24 +87,37 @@ def amend(
 ) -> tuple[Entry, ...]:
     """The ledger with another future from ``from_tokens`` on, which must be a step's edge.
 
-    Raises ``RecipeError`` where the amendment would touch an earlier one, does not begin at a
-    step's edge, or changes what a token before it trained on.
+    What lies before it is not looked at: no job may have read beyond ``from_tokens``. Raises
+    ``RecipeError`` where no step begins there.
     """
-    before = ledger[-1].edition
-    if from_tokens < before.from_tokens:
-        raise RecipeError(
-            f"an amendment from token {from_tokens} would change the past: the last one began at "
-            f"token {before.from_tokens}"
-        )
     edition = Edition(from_tokens, curriculum)
     amended = (*ledger, Entry(edition, reason, ledger[-1].hash, sources))
     ledger_schedule(amended, planner)
     return amended
 
 
+def note_rollback(
+    ledger: Sequence[Entry], *, to_tokens: int, from_tokens: int, reason: str
+) -> Entry:
+    """The line which says that a run that had reached a token was taken back to an earlier one."""
+    edition = Edition(to_tokens, ledger[-1].edition.curriculum)
+    return Entry(edition, reason, ledger[-1].hash, rolled_back_from=from_tokens)
+
+
+def amendments(ledger: Sequence[Entry]) -> list[Entry]:
+    """The entries that hold, by their first token: the start, and what was amended since."""
+    held: list[Entry] = []
+    for entry in ledger:
+        if entry.rolled_back_from is None:
+            first = entry.edition.from_tokens
+            held = [known for known in held if known.edition.from_tokens <= first]
+            held.append(entry)
+    return held
+
+
 def ledger_schedule(ledger: Sequence[Entry], planner: Planner | None = None) -> Schedule:
     """The schedule that the ledger's editions add up to; ``planner`` is ``planner_of`` a recipe."""
-    return build_schedule([entry.edition for entry in ledger], planner)
+    return build_schedule([entry.edition for entry in amendments(ledger)], planner)
 
 
 def append_entries(path: Path, entries: Sequence[Entry]) -> None:
@@ -166,7 +186,13 @@ def _read_entry(place: str, line: str, previous: str) -> Entry:
     try:
         row = json.loads(line)
         edition = Edition(row["from_tokens"], _curriculum(row["curriculum"]))
-        entry = Entry(edition, row["reason"], row["previous"], row.get("sources"))
+        entry = Entry(
+            edition,
+            row["reason"],
+            row["previous"],
+            row.get("sources"),
+            row.get("rolled_back_from"),
+        )
         claimed = row["hash"]
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(

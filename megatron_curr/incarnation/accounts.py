@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_curr.incarnation.conclude import judge
@@ -34,9 +34,17 @@ class Accounts:
 
 def read_accounts(run_folder: Path) -> Accounts | None:
     """The accounts of a run; one that still goes on is counted up to its last sign of life."""
-    found = [i.record or judge(run_folder, i) for i in incarnations(run_folder)]
+    known = incarnations(run_folder)
+    found = [i.record or judge(run_folder, i) for i in known]
     records = [record for record in found if record is not None]
-    return add_up(records) if records else None
+    if not records:
+        return None
+    accounts, taken = add_up(records), [told for i in known if (told := i.rolled_back)]
+    return replace(
+        accounts,
+        lost_s=accounts.lost_s + sum(told.lost_s for told in taken),
+        lost_tokens=accounts.lost_tokens + sum(told.lost_tokens for told in taken),
+    )
 
 
 def add_up(records: Sequence[Record]) -> Accounts:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -153,17 +154,34 @@ def show_life(incarnation: Incarnation) -> None:
     os.utime(incarnation.folder / "alive")
 
 
-def _refuse_if_alive(run_folder: Path, newest: Incarnation, ours: Claim) -> None:
-    """Raises ``CheckpointError`` when the newest incarnation is not ours to take over from.
+def refuse_if_alive(run_folder: Path) -> None:
+    """Raises ``CheckpointError`` when an incarnation of the run lives, here or on another host.
 
     One on this host died, or the run's lock would be held. Elsewhere locks may not be seen, so its
     sign of life is watched for a while; no two clocks are compared.
     """
+    newest = incarnations(run_folder)[-1:]
+    if newest and not _is_over_or_of(newest[0], host=socket.gethostname()):
+        _watch(run_folder, newest[0])
+
+
+def _refuse_if_alive(run_folder: Path, newest: Incarnation, ours: Claim) -> None:
+    """Like ``refuse_if_alive``, but for one of our own chain, which is ours to take over from."""
     claim = newest.claim
-    if claim is None or newest.record is not None:
+    if claim is not None and ours.chain == claim.chain:
         return
-    if ours.chain == claim.chain or ours.host == claim.host:
-        return
+    if not _is_over_or_of(newest, host=ours.host):
+        _watch(run_folder, newest)
+
+
+def _is_over_or_of(newest: Incarnation, *, host: str) -> bool:
+    claim = newest.claim
+    return claim is None or newest.record is not None or claim.host == host
+
+
+def _watch(run_folder: Path, newest: Incarnation) -> None:
+    claim = newest.claim
+    assert claim is not None
     alive = newest.folder / "alive"
     seen_ns = alive.stat().st_mtime_ns
     until_s = time.monotonic() + _WATCH_S

@@ -153,6 +153,25 @@ class Record(_Json):
         return self.verdict in ("continue", "continue_elsewhere")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolledBack(_Json):
+    """What a rollback after this incarnation took back."""
+
+    to_tokens: int
+    lost_tokens: int
+    lost_s: float  # of the steps
+
+    def after(self, earlier: RolledBack | None) -> RolledBack:
+        """This one, and what one before it took back already."""
+        if earlier is None:
+            return self
+        return RolledBack(
+            to_tokens=self.to_tokens,
+            lost_tokens=self.lost_tokens + earlier.lost_tokens,
+            lost_s=self.lost_s + earlier.lost_s,
+        )
+
+
 @dataclass(frozen=True)
 class Incarnation:
     """The folder of one incarnation, and what can be read there."""
@@ -183,6 +202,11 @@ class Incarnation:
     def record(self) -> Record | None:
         """How it ended; None while it lives, or where nobody has concluded yet."""
         return Record.read(self.folder / "record.json")
+
+    @property
+    def rolled_back(self) -> RolledBack | None:
+        """What was taken back after it ended; None where nothing was."""
+        return RolledBack.read(self.folder / "rolled-back.json")
 
     @property
     def endings(self) -> list[Ending]:

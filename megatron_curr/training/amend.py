@@ -41,6 +41,7 @@ from megatron_curr.units import format_count
 
 HORIZON = "horizon"
 _MOST_TRIES = 12
+_LEAP = 1.5  # times the rate that was planned
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Amendment:
     ignored: tuple[str, ...]  # settings that only another start of the run can change
     is_running: bool
     is_written: bool
+    asked_tokens: int | None = None  # where --from said, if that is not where a step begins
+    jump: tuple[float, float] | None = None  # of the rate at its first token, if it is a leap
 
     def as_json(self) -> str:
         """For a script."""
@@ -63,12 +66,17 @@ class Amendment:
 
     def as_text(self) -> str:
         """For a person: where it begins, and every difference by token."""
-        lines = [f"from token {self.from_tokens:,} on:"]
+        lines = [f"from token {self.from_tokens:,} on{self._why_there()}:"]
         for change in self.changes:
             span = f"{format_count(change.from_tokens)} to {format_count(change.to_tokens)}"
             lines.append(f"  {span:>18}  {change}")
         if self.new_end_tokens != self.old_end_tokens:
             lines.append(f"the end moves from {self.old_end_tokens:,} to {self.new_end_tokens:,}")
+        if self.jump is not None:
+            before, after = (f"{rate:.3g}" for rate in self.jump)
+            lines.append(
+                f"the learning rate leaps at token {self.from_tokens:,}, from {before} to {after}"
+            )
         if self.new_sources:
             lines.append(f"new sources: {', '.join(self.new_sources)}")
         if self.ignored:
@@ -81,6 +89,13 @@ class Amendment:
             lines.append("in the ledger; the next start of the run takes it up")
         return "\n".join(lines)
 
+    def _why_there(self) -> str:
+        if self.asked_tokens is None:
+            return ""
+        if self.asked_tokens > self.from_tokens:
+            return f", the end of the run (--from said {self.asked_tokens:,})"
+        return f", where a step begins (--from said {self.asked_tokens:,})"
+
 
 def amend_run(
     run_folder: Path,
@@ -88,11 +103,13 @@ def amend_run(
     *,
     from_tokens: int | None = None,
     reason: str = "amended",
+    extend: bool = False,
     write: bool = True,
 ) -> Amendment:
     """Append ``wanted``'s curriculum and sources to the run's ledger, from a token on.
 
-    Without ``from_tokens``, from the next step that can still be changed. Raises ``UserError``
+    Without ``from_tokens``, from the next step that can still be changed; one past the end of the
+    run is refused, or with ``extend`` taken for the end. Raises ``UserError``
     where the amendment is invalid, touches the past or changes nothing; the ledger is then as
     before. Nothing is appended without ``write``.
     """
@@ -108,7 +125,7 @@ def amend_run(
     for _ in range(_MOST_TRIES):
         ledger = read_ledger(folder.ledger)
         schedule, horizon = ledger_schedule(ledger, planner_of(old)), horizon_of(folder)
-        at = _place(schedule, horizon, from_tokens, margin_steps)
+        at = _place(schedule, horizon, from_tokens, margin_steps, extend=extend)
         entry, new_schedule = _checked(folder, merged, ledger, from_tokens=at, reason=reason)
         changes = schedule_differences(schedule, new_schedule, from_tokens=at)
         if not changes:
@@ -126,6 +143,8 @@ def amend_run(
             ignored=ignored,
             is_running=_is_running(folder),
             is_written=write,
+            asked_tokens=None if from_tokens in (None, at) else from_tokens,
+            jump=_jump(schedule, new_schedule, at),
         )
         if not write or _append(folder, ledger, entry, merged):
             return done
@@ -169,13 +188,32 @@ def _append(folder: RunFolder, ledger: Sequence[Entry], entry: Entry, recipe: An
         return True
 
 
-def _place(schedule: Schedule, horizon: int, from_tokens: int | None, margin_steps: int) -> int:
+def _jump(old: Schedule, new: Schedule, at: int) -> tuple[float, float] | None:
+    """The learning rate before and after a token, where the amendment makes it leap there."""
+    if not 0 < at < new.total_tokens:
+        return None
+    before = old.at(old.step_start(at - 1)).learning_rate
+    planned = old.at(at).learning_rate if at < old.total_tokens else before
+    after = new.at(at).learning_rate
+    low, high = sorted((planned, after))
+    return (before, after) if high > _LEAP * low else None
+
+
+def _place(
+    schedule: Schedule, horizon: int, from_tokens: int | None, margin_steps: int, *, extend: bool
+) -> int:
     """The token from which to amend: a step's edge that no job has passed."""
     if from_tokens is None:
         at = horizon
         for _ in range(margin_steps):
             at = schedule.at(at).next_consumed_tokens if at < schedule.total_tokens else at
         return at
+    if from_tokens > schedule.total_tokens and not extend:
+        raise RecipeError(
+            f"--from {from_tokens}: the run ends at token {schedule.total_tokens}, so nothing can "
+            "change from there on; to make it longer from its end, give --extend or leave --from "
+            "out, and look at the learning rate there"
+        )
     edge = schedule.step_start(from_tokens)
     if edge < min(from_tokens, schedule.total_tokens):
         edge = schedule.at(edge).next_consumed_tokens
@@ -215,9 +253,13 @@ def _merge(old: AnyRecipe, wanted: AnyRecipe) -> tuple[AnyRecipe, tuple[str, ...
 
 
 def horizon_of(folder: RunFolder) -> int:
-    """The first token that can still be amended; everything before it may have been read."""
+    """The first token that can still be amended.
+
+    Of a run that may be alive, everything before it may have been read. One that is over goes on
+    from its newest checkpoint: what it had read after that is not in the weights, and is read anew.
+    """
     newest = _newest(folder)
-    if newest is not None:
+    if newest is not None and newest.record is None:
         with contextlib.suppress(OSError, ValueError):
             return int((newest.folder / HORIZON).read_text())
     state = folder.newest_state()

@@ -88,6 +88,8 @@ class TakeAmendments(Quiet):
         prepared = prepare(recipe_after(run.recipe, entries), run.groups.world_size, ledger=entries)
         self._replan(run, prepared)
         for entry in entries[len(known) :]:
+            if entry.rolled_back_from is not None:
+                continue
             log.info(
                 "amended from token %d on (%s); the run ends at token %d now",
                 entry.edition.from_tokens,

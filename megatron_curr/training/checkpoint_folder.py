@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,10 @@ def find_fault(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | No
 
 def set_aside(checkpoint: Path, pen: Pen, *, as_: str = "torn") -> Path:
     """Take a checkpoint out of the row without losing what is left of it; where it is now."""
-    target = checkpoint.with_name(f"{as_}-{checkpoint.name}")
-    held = pen.take(checkpoint)
-    if target.exists():
-        shutil.rmtree(target, ignore_errors=True)
-    pen.put(held, target)
+    names = (f"{as_}{number}-{checkpoint.name}" for number in count(2))
+    names = chain([f"{as_}-{checkpoint.name}"], names)
+    target = next(path for name in names if not (path := checkpoint.with_name(name)).exists())
+    pen.put(pen.take(checkpoint), target)
     return target
 
 

@@ -124,6 +124,14 @@ class TensorBoardSink:
         self._writer.close()
 
 
+def cut_tensorboard(folder: Path, consumed_tokens: int) -> None:
+    """Let TensorBoard show nothing after a token of what is in the folder, if anything is."""
+    if folder.is_dir():
+        from torch.utils.tensorboard import SummaryWriter
+
+        SummaryWriter(str(folder), purge_step=consumed_tokens + 1).close()
+
+
 class WandbSink:
     """A Weights & Biases run that is found again on resume, by the run's name."""
 
@@ -238,6 +246,14 @@ def drop_rows_after(path: Path, consumed_tokens: int, *, aside: Path, pen: Pen) 
             if math.isfinite(_clock_of(line))
         ),
     )
+
+
+def last_clock(path: Path) -> int:
+    """The greatest token in the rows of a run; 0 without any."""
+    if not path.is_file():
+        return 0
+    clocks = map(_clock_of, path.read_bytes().splitlines())
+    return int(max((clock for clock in clocks if math.isfinite(clock)), default=0))
 
 
 def _clock_of(line: bytes) -> float:

@@ -107,8 +107,10 @@ class RunFolder:
             ledger, known = read_ledger(self.ledger), load_recipe(self.recipe)
         except UserError:  # not started yet, or damaged: said where it is needed
             return recipe
-        earlier = [entry.edition.curriculum for entry in ledger[:-1]]
-        if recipe.curriculum not in earlier or type(recipe) is not type(known):
+        *earlier, newest = (entry.edition.curriculum for entry in ledger)
+        if recipe.curriculum == newest or recipe.curriculum not in earlier:
+            return recipe
+        if type(recipe) is not type(known):
             return recipe
         values = recipe.model_dump(mode="json", by_alias=True)["data"]["sources"]
         ours = known.model_dump(mode="json", by_alias=True)["data"]["sources"]

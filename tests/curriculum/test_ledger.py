@@ -14,10 +14,11 @@ from megatron_curr.curriculum.ledger import (
     append_entries,
     hold_ledger,
     ledger_schedule,
+    note_rollback,
     open_ledger,
     read_ledger,
 )
-from megatron_curr.errors import CheckpointError, RecipeError
+from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.phases import Curriculum
 from tests.curriculum.curricula import curricula
 
@@ -45,10 +46,28 @@ def test_ledger_read_back_gives_the_same_schedule(tmp_path_factory, first, secon
     assert ledger_schedule(again).step_runs == ledger_schedule(ledger).step_runs
 
 
-def test_amendment_before_an_earlier_one_is_refused() -> None:
-    ledger = amend(open_ledger(one_phase()), one_phase(12800), from_tokens=640, reason="longer")
-    with pytest.raises(RecipeError, match="would change the past"):
-        amend(ledger, one_phase(), from_tokens=320, reason="too late")
+@given(curricula(), curricula(), curricula(), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=30)
+def test_an_amendment_takes_the_place_of_one_that_lies_ahead_and_a_note_changes_nothing(
+    tmp_path_factory, first, second, third, where, later
+) -> None:
+    opened = open_ledger(first)
+    schedule = ledger_schedule(opened)
+    last = schedule.total_tokens - 1
+    early, late = sorted(schedule.step_start(int(frac * last)) for frac in (where, later))
+    ends = (sum(phase.tokens for phase in curriculum.phases) for curriculum in (second, third))
+    assume(early < late < min(ends) - 32)
+    ledger = amend(opened, second, from_tokens=late, reason="ahead")
+    note = note_rollback(ledger, to_tokens=early, from_tokens=late, reason="a spike")
+    noted = (*ledger, note)
+    assert ledger_schedule(noted).step_runs == ledger_schedule(ledger).step_runs
+    replaced = amend(noted, third, from_tokens=early, reason="lower")
+    never = ledger_schedule(amend(opened, third, from_tokens=early, reason="lower"))
+    path = tmp_path_factory.mktemp("run") / "ledger.jsonl"
+    append_entries(path, replaced)
+    assert read_ledger(path) == replaced
+    found = ledger_schedule(read_ledger(path))
+    assert repr((found.planned, found.step_runs)) == repr((never.planned, never.step_runs))
 
 
 def test_edited_past_is_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ def test_the_command_prints_the_difference_by_token_and_a_dry_run_writes_nothing
     told = subprocess.run(
         [*command, "--from", "5k", "--dry-run"], capture_output=True, text=True, check=True
     ).stdout
-    assert "from token 5,120 on:" in told
+    assert "from token 5,120 on, where a step begins (--from said 5,000):" in told
     assert "5.12k to 8.19k  learning_rate: 0.002605..0.0004028 -> 0.0001" in told
     assert "left as they are in a running run: checkpoint.keep_last" in told
     done = amend(stopped, recipe, from_tokens=5000, write=False)
@@ -147,6 +148,7 @@ def test_a_job_that_runs_ahead_is_never_amended_behind_its_horizon(runs: Runs) -
     """The job passes the token while the amendment is checked: a later one is taken instead."""
     stopped = runs.train("ahead", stop_at_tokens=2048)
     horizon = incarnations(stopped)[-1].folder / "horizon"
+    (horizon.parent / "record.json").unlink()  # as of a run that is not over
     held = horizon.read_text()
     recipe = runs.recipe("ahead", {"curriculum.phases.1.learning_rate": 1e-4})
     done: list[Amendment] = []
@@ -159,3 +161,31 @@ def test_a_job_that_runs_ahead_is_never_amended_behind_its_horizon(runs: Runs) -
     horizon.write_text(held)
     assert done[0].from_tokens == 2560
     assert read_ledger(stopped / "ledger.jsonl")[-1].edition.from_tokens == 2560
+
+
+def test_a_token_past_the_end_is_refused_and_with_extend_taken_for_the_end(runs: Runs) -> None:
+    """The second phase ends at a tenth of the rate at which the longer one would stand there."""
+    run = runs.train("extended", stop_at_tokens=1024)
+    longer = runs.recipe("extended", {"curriculum.phases.1.tokens": 64_000})
+    before = (run / "ledger.jsonl").read_bytes()
+    with pytest.raises(RecipeError, match=r"--from 20000: the run ends at token 8192, .*--extend"):
+        amend(run, longer, from_tokens=20_000)
+    assert (run / "ledger.jsonl").read_bytes() == before
+    done = amend(run, longer, from_tokens=20_000, extend=True, write=False)
+    assert done.from_tokens == 8192
+    told = done.as_text()
+    assert told.startswith("from token 8,192 on, the end of the run (--from said 20,000):")
+    assert "the learning rate leaps at token 8,192, from 0.000403 to 0.00297" in told
+    inside = amend(run, longer, from_tokens=5000, write=False).as_text()
+    assert inside.startswith("from token 5,120 on, where a step begins (--from said 5,000):")
+
+
+def test_a_run_that_is_over_can_be_amended_from_its_newest_checkpoint(runs: Runs) -> None:
+    """What a start had read beyond it is in no weights, and is read anew."""
+    run = runs.train("lost", stop_at_tokens=3072, changes={"checkpoint.keep_last": 9})
+    for step in (8, 12):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    lower = runs.recipe("lost", {"curriculum.phases.1.learning_rate": 1e-4})
+    assert amend(run, lower).from_tokens == 1024
+    runs.train("lost")
+    assert rows(run)[-1]["train/learning_rate"] == 1e-4
