@@ -1,8 +1,9 @@
-"""Verbs on checkpoints: convert, merge."""
+"""Verbs on checkpoints: convert, merge, generate."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -250,6 +251,83 @@ def merge(
         source = merged(opened, method=method, by=by)
         done = convert_source(source, output, to=to or "hf", dtype=dtype)
     _tell(done, as_json=as_json)
+
+
+@app.command(epilog='Example: megatron-curr generate runs/demo_text "The list of" --max-tokens 40')
+def generate(
+    model: Annotated[
+        Path,
+        typer.Argument(help="A run (its newest checkpoint), a checkpoint, or what convert reads."),
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]...", help="Texts to go on from. Default: a line each of the input."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--file", help="Texts to go on from, a line each.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: the likeliest. Default: 0, or 1 with --top-k or --top-p."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw among so many of the likeliest.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the fewest likely that hold this probability.")
+    ] = 1.0,
+    num_samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    weights: Annotated[
+        Literal["raw", "ema"],
+        typer.Option(help="Of a run: the trained weights, or their moving average."),
+    ] = "raw",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Default: the run's, or the one beside the model.")
+    ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(metavar="auto|yes|no", help="BOS before a prompt; auto: as in training."),
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each text.")] = False,
+) -> None:
+    """Let a text model go on from prompts: greedy, or drawn by temperature, top-k and top-p."""
+    _check_there(model)
+    texts = _prompts(prompts, prompt_file)
+    from megatron_curr.sample.text import Sampling
+    from megatron_curr.sample.text import generate as generated
+
+    if temperature is None:
+        temperature = 0.0 if top_k is None and top_p == 1 else 1.0
+    how = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    made = generated(
+        model, texts, how, num_samples=num_samples, which=weights, tokenizer=tokenizer, bos=bos
+    )
+    for one in made:
+        typer.echo(one.as_json() if as_json else f"{one.prompt}{one.text}\n[{one.finish}]")
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """From the command line, a file or the input. Raises ``RecipeError`` where there are none."""
+    if given and file:
+        raise RecipeError("--file and a PROMPT: give one of them")
+    if given:
+        return given
+    if file is None and sys.stdin.isatty():
+        raise RecipeError("no prompt; write one behind the model, give --file, or pipe them in")
+    try:
+        text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file or 'the input'}: cannot be read as prompts ({error})") from None
+    lines = [line for line in text.splitlines() if line]
+    if not lines:
+        raise RecipeError(f"{file or 'the input'}: holds no prompt; write one a line")
+    return lines
 
 
 def _tell(done: Conversion, *, as_json: bool) -> None:

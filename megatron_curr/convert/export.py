@@ -110,7 +110,7 @@ def heldout_sets(recipe: Recipe) -> dict[str, ShardSet]:
     return found
 
 
-def _documents_begin_with(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def documents_begin_with(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The ids before every document, as shards that are on this machine say; and what to tell."""
     is_here = False
     for source in recipe.data.sources.values():
@@ -140,7 +140,7 @@ def _write_run_files(
     )
     # Transformers chooses a tokenizer's class by the config, too.
     write_json(folder / "config.json", config)
-    begins_with, notes = _documents_begin_with(recipe)
+    begins_with, notes = documents_begin_with(recipe)
     published = write_tokenizer(
         recipe.data.tokenizer,
         folder,
