@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Checked:
     num_samples: int  # or lots
     room: Room
     changes: list[str]  # since the run was last started
+    warnings: list[str]  # what is no fault
 
     def as_json(self) -> str:
         """For scripts."""
@@ -58,6 +59,7 @@ class Checked:
             f"disk     {format_bytes(self.room.free_bytes)} free, two checkpoints need "
             f"{format_bytes(self.room.needed_bytes)}",
             *(f"changed  {change}" for change in self.changes),
+            *self.warnings,
             f"training would start at token {self.start_tokens:,}; nothing was written",
         ]
         return "\n".join(lines)
@@ -67,12 +69,17 @@ def check_run(recipe: AnyRecipe, ranks: int) -> Prepared:
     """A run with all that it reads. Raises ``UserError`` for what training would refuse."""
     prepared = prepare(recipe, ranks)
     if recipe.init_from is not None:  # torch is loaded for nothing else here
-        from megatron_curr.convert.load import first_weights
+        from megatron_curr.convert.init_check import check_first_weights
 
         try:
-            first_weights(prepared.recipe, vocab_size=prepared.vocab_size)
+            told = check_first_weights(
+                prepared.recipe,
+                vocab_size=prepared.vocab_size,
+                begins_now=not prepared.folder.has_checkpoints,
+            )
         except CheckpointError as error:
             raise CheckpointError(f"init_from: {error}") from None
+        prepared = replace(prepared, warnings=(*prepared.warnings, *told))
     check_room(prepared)
     return prepared
 
@@ -104,6 +111,7 @@ def check_recipe_file(
         num_samples=prepared.schedule.total_samples,
         room=check_room(prepared),
         changes=[str(change) for change in prepared.changes],
+        warnings=list(prepared.warnings),
     )
 
 

@@ -48,8 +48,11 @@ def launch_training(
     ``UserError`` for what is wrong before any rank starts; nothing is written then.
     """
     recipe = load_recipe(recipe_path, overrides)
-    folder = check_run(recipe, ranks).folder
+    prepared = check_run(recipe, ranks)
+    folder = prepared.folder
     folder.check_free()
+    for warning in prepared.warnings:
+        print(warning, file=sys.stderr, flush=True)
     with TemporaryDirectory(prefix="megatron-curr-") as name:
         meeting = Path(name)
         resolved = meeting / "recipe.yaml"

@@ -181,8 +181,6 @@ def train_prepared(
 
 
 def _say_what_changed(prepared: Prepared) -> None:
-    for warning in prepared.warnings:
-        log.warning("%s", warning)
     for change in prepared.changes:
         log.info("changed since the last start: %s", change)
     if prepared.is_of_before_amendment:

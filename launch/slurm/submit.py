@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -92,7 +93,8 @@ def submit_run(
     num_nodes = wish.num_nodes or profile.nodes
     recipe = load_recipe(recipe_path, overrides)
     recipe = recipe.model_copy(update={"run_folder": recipe.folder.resolve()})
-    check_run(recipe, num_nodes * profile.ranks_per_node)
+    for warning in check_run(recipe, num_nodes * profile.ranks_per_node).warnings:
+        print(warning, file=sys.stderr)
     check_run_folder(recipe.folder, loaded)
     plan = check_plan(recipe, loaded, num_nodes)
     pace = pace_of(recipe.folder, profile, plan)

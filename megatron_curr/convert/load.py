@@ -140,16 +140,12 @@ def first_weights(
         from megatron_curr.convert.video_first_weights import video_first_weights  # reads this
 
         return video_first_weights(recipe)
-    if recipe.init_from is None:
+    source = open_first_source(recipe)
+    if source is None:
         return None
-    kind, _, name = recipe.init_from.partition(":")
-    source = open_source(Path(name), which="ema" if kind == "ema" else "raw")
-    if (kind == "hf") != isinstance(source.weights, PublishedWeights):
-        other = "checkpoint" if kind == "hf" else "hf"
-        raise RecipeError(f"init_from: {name} is no {kind} folder; write {other}:{name}")
     _check_model(recipe.model, source)
     _check_vocabulary(source, vocab_size, recipe.init_new_tokens)
-    if kind == "hf":
+    if isinstance(source.weights, PublishedWeights):
         source.pieces(source.family())  # are its tensors what they should be?
 
     def fill(chunks: list[nn.Module], groups: Groups) -> None:
@@ -159,6 +155,18 @@ def first_weights(
         log.info("first weights from %s, moments from zero", source.path)
 
     return fill
+
+
+def open_first_source(recipe: Recipe) -> Source | None:
+    """What ``init_from`` names; None without it. Raises a ``UserError`` for another kind of it."""
+    if recipe.init_from is None:
+        return None
+    kind, _, name = recipe.init_from.partition(":")
+    source = open_source(Path(name), which="ema" if kind == "ema" else "raw")
+    if (kind == "hf") != isinstance(source.weights, PublishedWeights):
+        other = "checkpoint" if kind == "hf" else "hf"
+        raise RecipeError(f"init_from: {name} is no {kind} folder; write {other}:{name}")
+    return source
 
 
 def _check_model(model: Model, source: Source) -> None:

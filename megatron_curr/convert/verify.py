@@ -9,7 +9,7 @@ alike, which shows that it was rounding alone. Legend: B samples, S sequence, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from megatron_curr.convert.published import open_published
 from megatron_curr.convert.source import Source
 from megatron_curr.convert.stored import open_stored
 from megatron_curr.errors import CheckpointError
+from megatron_curr.parallel.groups import Groups
 from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.parallel import Parallel
 
@@ -144,13 +145,37 @@ def verify(hf_folder: Path, checkpoint: Path, source: Source) -> Agreement:
 
 
 @torch.no_grad()
+def compare_first_weights(source: Source, *, num_tokens: int) -> Agreement:
+    """A published folder's model and ours with its weights, as a run begins with them."""
+    from megatron_curr.convert.load import load_weights
+
+    tokens_BS = heldout_tokens(source, num_samples=1)[:, :num_tokens]
+    theirs = published_model(source.path, source)
+    with megatron_model(
+        source.model,
+        num_rows=source.vocab_size,
+        seq_length=tokens_BS.shape[1],
+        fill=lambda gpt, groups: load_weights(
+            [gpt], source, groups=groups, vocab_size=source.vocab_size
+        ),
+    ) as ours:
+        return _agreement(_gap(theirs, ours, tokens_BS), source.model)
+
+
+@torch.no_grad()
 def compare(hf_folder: Path, checkpoint: Path, source: Source) -> Agreement:
     """The folder's model and the checkpoint's, on held-out text of the run if it has any."""
     tokens_BS = heldout_tokens(source)
     stored, published = open_stored(checkpoint).dtype(_EMBEDDING), _published_dtype(hf_folder)
     coarser = max(stored, published, key=lambda dtype: torch.finfo(dtype).eps)
     theirs = published_model(hf_folder, source)
-    with megatron_model(checkpoint, source.model, seq_length=tokens_BS.shape[1]) as ours:
+    with megatron_model(
+        source.model,
+        # The number of rows is the checkpoint's, whatever layout padded it.
+        num_rows=open_stored(checkpoint).shape(_EMBEDDING)[0],
+        seq_length=tokens_BS.shape[1],
+        fill=lambda gpt, groups: load_stored(gpt, checkpoint),
+    ) as ours:
         as_stored = _gap(theirs, ours, tokens_BS)
         if stored == published:
             return _agreement(as_stored, source.model)
@@ -266,13 +291,17 @@ def published_model(hf_folder: Path, source: Source) -> nn.Module:
 
 
 @contextmanager
-def megatron_model(checkpoint: Path, model: Model, *, seq_length: int) -> Iterator[nn.Module]:
-    """The checkpoint's model on one rank, in fp32."""
+def megatron_model(
+    model: Model,
+    *,
+    num_rows: int,
+    seq_length: int,
+    fill: Callable[[nn.Module, Groups], None],
+) -> Iterator[nn.Module]:
+    """A model on one rank, in fp32, with a vocabulary of ``num_rows``, once it is filled."""
     from megatron_curr.models.gpt import build_gpt
     from megatron_curr.parallel.groups import build_groups, destroy_groups, one_rank
 
-    # The number of rows is the checkpoint's, whatever layout padded it.
-    num_rows = open_stored(checkpoint).shape(_EMBEDDING)[0]
     unpadded = model.model_copy(update={"make_vocab_size_divisible_by": 1})
     parallel = Parallel(micro_batch_tokens=seq_length)
     with one_rank():
@@ -287,7 +316,7 @@ def megatron_model(checkpoint: Path, model: Model, *, seq_length: int) -> Iterat
                 isolate_documents=False,
                 seed=None,
             ).eval()
-            load_stored(gpt, checkpoint)
+            fill(gpt, groups)
             yield gpt
         finally:
             destroy_groups()
