@@ -42,6 +42,7 @@ BELOW: dict[str, set[str]] = {
     "models": CORE | {"parallel"},
     "training": CORE | {"curriculum", "plan", "incarnation", "data", "parallel", "models"},
     "video_trace": CORE | {"curriculum", "data"},
+    "compare": CORE | {"curriculum"},
     "trace": CORE | {"curriculum", "data", "video_trace"},
     "trace_verify": CORE | {"data", "trace", "video_trace"},
     "doctor": CORE | {"incarnation", "models"},

@@ -1,4 +1,4 @@
-"""Verbs that look: report, trace, doctor, schema."""
+"""Verbs that look: report, trace, diff, doctor, schema."""
 
 from __future__ import annotations
 
@@ -73,6 +73,23 @@ def _refuse_together(options: dict[str, object]) -> None:
     given = [f"{name} {value}" for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise RecipeError(f"{' and '.join(given)}: they contradict each other; give one of them")
+
+
+@app.command(epilog="Example: megatron-curr diff configs/llama3_8b.yaml configs/llama3_70b.yaml")
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A recipe, or the folder of a run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what two recipes or runs do differently: settings, curriculum, and the first steps.
+
+    Exits with 1 where what is trained differs, with 0 where only names and places do.
+    """
+    from megatron_curr.compare import compare
+
+    found = compare(a, b)
+    typer.echo(found.as_json() if as_json else found.as_text())
+    raise typer.Exit(0 if found.is_same else 1)
 
 
 @app.command(epilog="Example: megatron-curr doctor configs/demo_text.yaml")
