@@ -99,7 +99,7 @@ def _train(
     recipe = load_recipe(options.recipe, options.overrides)
     meeting = recipe.folder / "incarnations"
     try:
-        prepared = prepare(recipe, place.world_size)
+        prepared = prepare(recipe, place.world_size, looks_at_data=place.rank == 0)
         node_local = local_folder(options.node_local) if options.node_local else None
         if submission is not None and place.rank != 0:
             check_placement(place, submission)
@@ -156,7 +156,11 @@ def train_prepared(
     with life.recording():
         if place.rank == 0:
             folder.write_records(
-                prepared.recipe, prepared.ledger, life.pen, encoders=prepared.encoders
+                prepared.recipe,
+                prepared.ledger,
+                life.pen,
+                encoders=prepared.encoders,
+                data=prepared.data,
             )
         dist.barrier()
         log_path = folder.rank_log(life.incarnation.number, place.rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,10 +18,19 @@ import numpy as np
 
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule, open_ledger, read_ledger
 from megatron_curr.curriculum.schedule import Schedule, StepPlan
+from megatron_curr.data.identity import (
+    AnyShards,
+    KnownData,
+    check_tokenizer_unchanged,
+    check_unchanged,
+    files_of,
+    read_known,
+)
 from megatron_curr.data.keyed import Words
 from megatron_curr.data.order import SampleOrder, Samples
 from megatron_curr.data.shards import ShardSet, Span, open_shards
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_curr.data.video_data import open_video_data
 from megatron_curr.errors import DataError, RecipeError
 from megatron_curr.recipe.check import check_recipe
 from megatron_curr.recipe.load import load_recipe
@@ -136,14 +145,18 @@ def open_trace(target: Path, overrides: Sequence[str] = ()) -> Trace | VideoTrac
     """The trace of a recipe file or a run folder. Raises ``UserError`` for what is wrong in it."""
     recipe, ledger = _read_target(target, overrides)
     check_recipe(recipe)
+    known = read_known(target) if target.is_dir() else None
     if isinstance(recipe, VideoRecipe):
-        return VideoTrace(recipe, ledger)
+        data = open_video_data(recipe)
+        _check_data(known, data.train)
+        return VideoTrace(recipe, data, ledger)
     schedule, sources = ledger_schedule(ledger), recipe.data.sources
     shard_sets = {
         name: open_shards(sources[name].shards, name=name)
         for name in schedule.sources
         if name in sources
     }
+    _check_data(known, shard_sets)
     order = SampleOrder(
         schedule,
         {name: shard_set.num_tokens for name, shard_set in shard_sets.items()},
@@ -152,6 +165,15 @@ def open_trace(target: Path, overrides: Sequence[str] = ()) -> Trace | VideoTrac
         chunk_tokens=recipe.data.chunk_tokens,
     )
     return Trace(recipe, order, shard_sets)
+
+
+_NOT_AS_READ = "what trace says would not be what the run read; put back what was there"
+
+
+def _check_data(known: KnownData | None, train: Mapping[str, AnyShards]) -> None:
+    """Raise ``CheckpointError`` where the shards are not those of the run: no answer is true."""
+    if known is not None:
+        check_unchanged(known, files_of(train, {}), remedy=_NOT_AS_READ)
 
 
 def _read_target(
@@ -198,6 +220,9 @@ def trace_command(
             yield from [row_as_json(row)] if as_json else row_as_text(row)
         return
     tokenizer = load_tokenizer(trace.recipe.data.tokenizer) if text else None
+    known = read_known(target) if tokenizer is not None and target.is_dir() else None
+    if known is not None and tokenizer is not None:
+        check_tokenizer_unchanged(known, tokenizer.sha256, remedy=_NOT_AS_READ)
     for sample in trace.samples(np.asarray(positions, np.int64)):
         decoded = trace.text(sample, tokenizer) if tokenizer else None
         yield _as_json(sample, decoded) if as_json else _as_line(sample, decoded)

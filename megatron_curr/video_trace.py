@@ -14,7 +14,7 @@ import numpy as np
 from megatron_curr.curriculum.ledger import Entry
 from megatron_curr.curriculum.schedule import StepPlan
 from megatron_curr.data.keyed import Words
-from megatron_curr.data.video_data import VideoData, build_video_order, open_video_data
+from megatron_curr.data.video_data import VideoData, build_video_order
 from megatron_curr.data.video_deal import LotDealer
 from megatron_curr.data.video_order import VideoOrder
 from megatron_curr.errors import DataError
@@ -25,8 +25,8 @@ from megatron_curr.recipe.video_schema import VideoRecipe
 class VideoTrace:
     """The order of a video run and the shards it reads."""
 
-    def __init__(self, recipe: VideoRecipe, ledger: Sequence[Entry]) -> None:
-        self.data: VideoData = open_video_data(recipe)
+    def __init__(self, recipe: VideoRecipe, data: VideoData, ledger: Sequence[Entry]) -> None:
+        self.data = data
         self.order: VideoOrder = build_video_order(recipe, self.data, ledger)
         self.schedule = self.order.schedule
         self._dealer = LotDealer(recipe, self.order, self.data.train)

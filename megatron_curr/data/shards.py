@@ -57,6 +57,7 @@ class Shard:
     """One ``.bin/.idx`` pair. Its tokens and its index are mapped when they are first used.
 
     ``has_masked`` says that some of its tokens carry no loss, and that a ``.masked`` tells which.
+    ``record`` is what a manifest says of it.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Shard:
         max_token_id: int | None = None,
         *,
         has_masked: bool = False,
+        record: ShardRecord | None = None,
     ) -> None:
         self.prefix = prefix
+        self.record = record
         self.dtype = header.dtype
         self.num_sequences = header.num_sequences
         self.num_documents = header.num_documents
@@ -356,7 +359,9 @@ def _shard_from_manifest(prefix: Path, manifest: Manifest, record: ShardRecord) 
     header = IndexHeader(
         np.dtype(manifest.dtype), record.num_sequences, record.num_documents, record.num_tokens
     )
-    return Shard(prefix, header, record.max_token_id, has_masked=bool(record.masked_sha256))
+    return Shard(
+        prefix, header, record.max_token_id, has_masked=bool(record.masked_sha256), record=record
+    )
 
 
 def _find_prefixes(spec: str) -> list[Path]:

@@ -35,7 +35,7 @@ from megatron_curr.recipe.load import (
     load_recipe,
     recipe_differences,
 )
-from megatron_curr.training.preflight import prepare
+from megatron_curr.training.preflight import Prepared, prepare
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.units import format_count
 
@@ -126,8 +126,8 @@ def amend_run(
         ledger = read_ledger(folder.ledger)
         schedule, horizon = ledger_schedule(ledger, planner_of(old)), horizon_of(folder)
         at = _place(schedule, horizon, from_tokens, margin_steps, extend=extend)
-        entry, new_schedule = _checked(folder, merged, ledger, from_tokens=at, reason=reason)
-        changes = schedule_differences(schedule, new_schedule, from_tokens=at)
+        entry, prepared = _checked(folder, merged, ledger, from_tokens=at, reason=reason)
+        changes = schedule_differences(schedule, prepared.schedule, from_tokens=at)
         if not changes:
             raise RecipeError(
                 f"{run_folder}: the recipe changes nothing from token {at:,} on, where the run can "
@@ -138,15 +138,15 @@ def amend_run(
             horizon_tokens=horizon,
             changes=changes,
             old_end_tokens=schedule.total_tokens,
-            new_end_tokens=new_schedule.total_tokens,
+            new_end_tokens=prepared.schedule.total_tokens,
             new_sources=tuple(n for n in merged.data.sources if n not in old.data.sources),
             ignored=ignored,
             is_running=_is_running(folder),
             is_written=write,
             asked_tokens=None if from_tokens in (None, at) else from_tokens,
-            jump=_jump(schedule, new_schedule, at),
+            jump=_jump(schedule, prepared.schedule, at),
         )
-        if not write or _append(folder, ledger, entry, merged):
+        if not write or _append(folder, ledger, entry, prepared):
             return done
         margin_steps = max(2 * margin_steps, 1)  # the job went past it, or another one amended
     raise CheckpointError(
@@ -162,7 +162,7 @@ def _checked(
     *,
     from_tokens: int,
     reason: str,
-) -> tuple[Entry, Schedule]:
+) -> tuple[Entry, Prepared]:
     """The entry to append, and what the run then is; new sources are opened, the order is laid."""
     amended = amend(
         ledger,
@@ -172,10 +172,10 @@ def _checked(
         sources=recipe.model_dump(mode="json", by_alias=True)["data"]["sources"],
         planner=planner_of(recipe),
     )
-    return amended[-1], prepare(recipe, _world_size(folder, recipe), ledger=amended).schedule
+    return amended[-1], prepare(recipe, _world_size(folder, recipe), ledger=amended)
 
 
-def _append(folder: RunFolder, ledger: Sequence[Entry], entry: Entry, recipe: AnyRecipe) -> bool:
+def _append(folder: RunFolder, ledger: Sequence[Entry], entry: Entry, prepared: Prepared) -> bool:
     """Append unless the job has passed the token, or another amendment came first."""
     with hold_ledger(folder.ledger):
         now = read_ledger(folder.ledger)
@@ -183,7 +183,8 @@ def _append(folder: RunFolder, ledger: Sequence[Entry], entry: Entry, recipe: An
             return False
         if entry.edition.from_tokens < horizon_of(folder):
             return False
-        write_durably(folder.recipe, dump_recipe(recipe))
+        write_durably(folder.recipe, dump_recipe(prepared.recipe))
+        folder.add_data(prepared.data)
         append_entries(folder.ledger, [entry])
         return True
 

@@ -85,7 +85,12 @@ class TakeAmendments(Quiet):
         known, self._ledger = self._ledger, entries
         if entries[-1].hash == known[-1].hash:
             return
-        prepared = prepare(recipe_after(run.recipe, entries), run.groups.world_size, ledger=entries)
+        prepared = prepare(
+            recipe_after(run.recipe, entries),
+            run.groups.world_size,
+            ledger=entries,
+            looks_at_data=False,  # the one who amended has
+        )
         self._replan(run, prepared)
         for entry in entries[len(known) :]:
             if entry.rolled_back_from is not None:

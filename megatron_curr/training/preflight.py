@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule
 from megatron_curr.curriculum.schedule import Schedule
+from megatron_curr.data.identity import KnownData, check_separate, files_of, known_of
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.sentencepiece_model import publishing_warning
 from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
@@ -42,6 +43,8 @@ class Prepared:
     changes: list[Difference]  # against the recipe of the last start, all allowed
     encoders: dict[str, str] | None = None  # of video, digests of what made latents and texts
     warnings: tuple[str, ...] = ()  # what is no fault, and is better known before than after
+    tokenizer_sha256: str | None = None  # None for video
+    data: KnownData | None = None  # what to write down of it; None where nobody has looked
     is_of_before_amendment: bool = False  # the recipe was given as it was before the last one
 
     @property
@@ -51,11 +54,16 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe | VideoRecipe, world_size: int, *, ledger: tuple[Entry, ...] | None = None
+    recipe: Recipe | VideoRecipe,
+    world_size: int,
+    *,
+    ledger: tuple[Entry, ...] | None = None,
+    looks_at_data: bool = True,
 ) -> Prepared:
     """Check the recipe against ranks, data, tokenizer and run folder, and open what it needs.
 
-    A ``ledger`` stands in the place of the folder's: what a run becomes by an amendment. Raises
+    A ``ledger`` stands in the place of the folder's: what a run becomes by an amendment. Whether
+    the files are those of before, and none is read as two things, one rank looks for all. Raises
     ``RecipeError``, ``DataError`` or ``CheckpointError``. Writes nothing.
     """
     folder, given = RunFolder(recipe.folder), recipe
@@ -67,7 +75,17 @@ def prepare(
     changes = folder.check_recipe(recipe) if ledger is None else []
     opened = _open_video if isinstance(recipe, VideoRecipe) else _open_text
     prepared = opened(recipe, folder, ledger or folder.read_ledger(recipe), changes)
+    if looks_at_data:
+        prepared = replace(prepared, data=_look_at_data(prepared))
     return replace(prepared, is_of_before_amendment=recipe is not given)
+
+
+def _look_at_data(prepared: Prepared) -> KnownData:
+    """What to write down of the data. Raises ``DataError`` or ``CheckpointError``."""
+    files = files_of(prepared.shard_sets, prepared.heldout_sets)
+    check_separate(files)
+    prepared.folder.check_data(files, prepared.tokenizer_sha256)
+    return known_of(files, prepared.tokenizer_sha256)
 
 
 def _open_text(
@@ -107,6 +125,7 @@ def _open_text(
         vocab_size=vocab_size,
         changes=changes,
         warnings=tuple(filter(None, [publishing_warning(tokenizer)])),
+        tokenizer_sha256=tokenizer.sha256,
     )
 
 

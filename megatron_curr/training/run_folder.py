@@ -1,7 +1,7 @@
 """The run folder: one place for everything a run writes, one run at a time. No torch here.
 
-``recipe.yaml`` (resolved), ``ledger.jsonl``, ``metrics.jsonl``, ``checkpoints/``, ``logs/``,
-``incarnations/`` and ``lock``; of video, ``encoders.json``. A folder that has checkpoints is
+``recipe.yaml`` (resolved), ``ledger.jsonl``, ``data.json``, ``metrics.jsonl``, ``checkpoints/``,
+``logs/``, ``incarnations/`` and ``lock``; of video, ``encoders.json``. A folder with checkpoints is
 resumed; the recipe may then differ only in what does not decide what is trained.
 """
 
@@ -19,6 +19,15 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_curr.curriculum.ledger import Entry, hold_ledger, open_ledger, read_ledger
+from megatron_curr.data.identity import FILE_NAME as DATA_FILE
+from megatron_curr.data.identity import (
+    Files,
+    KnownData,
+    check_tokenizer_unchanged,
+    check_unchanged,
+    read_known,
+)
+from megatron_curr.durable import write_durably
 from megatron_curr.errors import CheckpointError, UserError
 from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.load import (
@@ -163,6 +172,20 @@ class RunFolder:
                     "put the old shards back, or start a new run under another name"
                 )
 
+    def check_data(self, files: Files, tokenizer_sha256: str | None) -> None:
+        """Raise ``CheckpointError`` when shards or tokenizer are not those the run began with."""
+        known = read_known(self.path) if self.has_checkpoints else None
+        if known is not None:
+            remedy = "put back what was there, or start a new run under another name"
+            check_tokenizer_unchanged(known, tokenizer_sha256, remedy=remedy)
+            check_unchanged(known, files, remedy=remedy)
+
+    def add_data(self, found: KnownData | None) -> None:
+        """Write down the sources that an amendment brings, beside those already known."""
+        known = read_known(self.path)
+        if known is not None and found is not None:
+            write_durably(self.path / DATA_FILE, known.with_others(found).text())
+
     def read_ledger(self, recipe: Recipe) -> tuple[Entry, ...]:
         """The run's ledger; for a run that starts now, the one its recipe opens.
 
@@ -183,8 +206,9 @@ class RunFolder:
         pen: Pen,
         *,
         encoders: Mapping[str, str] | None = None,
+        data: KnownData | None = None,
     ) -> None:
-        """Put the recipe of this start, and for a new run its ledger, on disk."""
+        """Put the recipe and the data of this start, and for a new run its ledger, on disk."""
         try:
             for folder in (self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +217,10 @@ class RunFolder:
                 self._write_ledger("".join(entry.line() + "\n" for entry in ledger), pen)
             if encoders:
                 pen.write(self.encoders, json.dumps(encoders) + "\n")
+            if data:
+                if self.has_checkpoints and (known := read_known(self.path)):
+                    data = data.with_others(known)  # an amendment may have come meanwhile
+                pen.write(self.path / DATA_FILE, data.text())
         except OSError as error:
             raise _unwritable(self.path, error) from None
 

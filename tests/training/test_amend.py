@@ -10,9 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_curr.curriculum.ledger import hold_ledger, read_ledger
+from megatron_curr.data.identity import read_known
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.incarnation.record import incarnations
 from megatron_curr.recipe.load import load_recipe
@@ -30,7 +32,13 @@ FROM = 4608  # inside the ramp of phase 1
 def amended(runs: Runs) -> Path:
     """A recipe with more of everything, and a source that is new."""
     sources = load_recipe(runs.recipe("any")).model_dump(mode="json")["data"]["sources"]
-    sources["math"] = {**sources["code"], "max_epochs": 4.0}
+    code, math = (Path(runs.corpus / name / "train") for name in ("code", "math"))
+    if not math.parent.exists():
+        shutil.copytree(code.parent, math.parent)
+        np.roll(np.fromfile(code.with_suffix(".bin"), np.uint16), 1).tofile(
+            math.with_suffix(".bin")
+        )
+    sources["math"] = {**sources["code"], "shards": str(math), "max_epochs": 4.0}
     return runs.recipe("amended", {"data.sources": sources, **LONGER})
 
 
@@ -69,6 +77,8 @@ def test_a_run_amended_while_it_trains_is_the_one_that_was_amended_before(runs: 
     assert rows(run, "eval/math/loss_nats_per_token") != []
     assert newest_tensors(run) == newest_tensors(before)
     assert verified_steps(run) == len(rows(run))
+    known = read_known(run)
+    assert known is not None and len(known.digests["math.shards"]) == 1
     for rank in (0, 1):
         assert f"amended from token {FROM} on (more math)" in rank_log(run, rank).read_text()
     assert [entry.edition.from_tokens for entry in read_ledger(run / "ledger.jsonl")] == [0, FROM]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from megatron_curr.curriculum.ledger import amend, append_entries, open_ledger
 from megatron_curr.data import manifest
@@ -17,6 +19,8 @@ from megatron_curr.data.shards import ShardWriter
 from megatron_curr.errors import CheckpointError, DataError, RecipeError
 from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.load import load_recipe
+from megatron_curr.trace import trace_command
+from megatron_curr.trace_verify import verify_run
 from megatron_curr.training import preflight
 from megatron_curr.training.checkpoint_folder import (
     RunState,
@@ -31,6 +35,7 @@ from megatron_curr.training.checkpoint_folder import (
 from megatron_curr.training.preflight import prepare
 from megatron_curr.training.run_folder import RunFolder
 from tests.training.runs import Runs
+from tests.training.tiny import VOCAB_SIZE, recipe_values, write_recipe
 
 
 def saved_state(step: int, **changes: object) -> RunState:
@@ -145,6 +150,69 @@ def test_shards_that_changed_since_the_save_are_refused(tmp_path: Path) -> None:
     folder.check_sources({"prose": 999, "code": 5})
     with pytest.raises(CheckpointError, match=r"prose: its shards held 999 .* hold 1,000 now"):
         folder.check_sources({"prose": 1000})
+
+
+def other_words(tokenizer: Path) -> None:
+    """A tokenizer of the same size that splits otherwise."""
+    text = tokenizer.with_suffix(".txt")
+    words = [f"{a}{b}{c}" for a in "bdfgvwxz" for b in "aeiouy" for c in "bcdfghkp"]
+    text.write_text("\n".join(" ".join(words[i::23]) for i in range(23)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tokenizer.with_suffix("")),
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        hard_vocab_limit=True,
+        minloglevel=2,
+    )
+
+
+def test_other_files_and_another_tokenizer_under_a_run_are_refused(
+    runs: Runs, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(runs.corpus, corpus)
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", recipe_values(corpus, tmp_path / "run")))
+    prepared = prepare(recipe, 1)
+    folder = prepared.folder
+    folder.write_records(recipe, prepared.ledger, Pen.beside(folder.path), data=prepared.data)
+    save(folder.checkpoints, saved_state(1, sources={}))
+    assert prepare(recipe, 1).data == prepared.data
+    (line,) = trace_command(folder.path, text=False)
+    assert "prose" in line
+
+    tokenizer = corpus / "tokenizer.model"
+    known = tokenizer.read_bytes()
+    other_words(tokenizer)
+    with pytest.raises(CheckpointError, match=r"data.tokenizer: sha256 .* ids mean other text"):
+        prepare(recipe, 1)
+    with pytest.raises(CheckpointError, match=r"not be what the run read; put back what was there"):
+        list(trace_command(folder.path, text=True))
+    tokenizer.write_bytes(known)
+
+    for split, place in (("heldout", "prose.heldout"), ("train", "prose.shards")):
+        shard = corpus / "prose" / f"{split}.bin"
+        tokens = np.fromfile(shard, np.uint16)
+        np.roll(tokens, 1).tofile(shard)
+        with pytest.raises(CheckpointError, match=rf"{place}: not the files .*{split}.bin, 1 of 1"):
+            prepare(recipe, 1)
+        assert prepare(recipe, 1, looks_at_data=False).data is None  # one rank looks for all
+        tokens.tofile(shard)
+    prepare(recipe, 1)
+    np.roll(tokens, 1).tofile(shard)
+    with pytest.raises(CheckpointError, match="trace says would not be what the run read"):
+        list(trace_command(folder.path))
+    folder.metrics.touch()
+    with pytest.raises(CheckpointError, match="trace says would not be what the run read"):
+        verify_run(folder.path)
+
+
+def test_held_out_shards_that_are_trained_on_are_refused(runs: Runs) -> None:
+    shards = str(runs.corpus / "prose" / "train")
+    recipe = runs.recipe("leaking", {"data.sources.code.heldout": shards})
+    with pytest.raises(DataError, match=r"prose.shards and data.sources.code.heldout both read"):
+        prepare(load_recipe(recipe), 1)
+    assert not (runs.folder / "leaking").exists()
 
 
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
