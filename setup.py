@@ -82,6 +82,7 @@ setup(
             "ruff>=0.12",
             "tensorboard>=2.18",
             "types-PyYAML>=6",
+            "wandb>=0.19",
         ],
     },
     entry_points={"console_scripts": ["megatron-curr = megatron_curr.cli:main"]},

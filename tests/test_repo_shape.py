@@ -202,7 +202,8 @@ def test_every_third_party_import_is_declared_in_setup() -> None:
 
 def test_every_constraint_is_an_exact_version() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    wrong = [line for line in lines if not re.fullmatch(r"#.*|[A-Za-z0-9_.-]+==[0-9][0-9.]*", line)]
+    exact = r"#.*|[A-Za-z0-9_.-]+==[0-9][0-9.]*(b[0-9]+)?"
+    wrong = [line for line in lines if not re.fullmatch(exact, line)]
     assert wrong == []
 
 

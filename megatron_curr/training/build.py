@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import megatron_curr.parallel  # noqa: F401  (stand-ins come before megatron-core)
 
@@ -25,6 +26,7 @@ from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.video_schema import VideoRecipe
 from megatron_curr.training.amendments import TakeAmendments
 from megatron_curr.training.checkpoint import Checkpointer
+from megatron_curr.training.checkpoint_folder import RunState
 from megatron_curr.training.console import Narrator
 from megatron_curr.training.evaluate import Evaluator
 from megatron_curr.training.hooks import (
@@ -36,7 +38,13 @@ from megatron_curr.training.hooks import (
     StopOnRequest,
 )
 from megatron_curr.training.life import Life
-from megatron_curr.training.metrics import LostWork, Metrics, build_metrics, drop_rows_after
+from megatron_curr.training.metrics import (
+    LostWork,
+    Metrics,
+    build_metrics,
+    drop_rows_after,
+    last_evaluated_tokens,
+)
 from megatron_curr.training.node_checks import check_groups
 from megatron_curr.training.objectives import NextToken, Objective, RectifiedFlow
 from megatron_curr.training.optimizer_state import start_average
@@ -91,7 +99,7 @@ def build_run(
             start_average(optimizer)
     for line in passed_over:
         log.warning(line)
-    metrics, lost = _build_metrics(prepared, groups, life, state.consumed_tokens if state else 0)
+    metrics, lost, evaluated = _build_metrics(prepared, groups, life, state)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -105,21 +113,21 @@ def build_run(
         checkpointer=checkpointer,
         metrics=metrics,
         lost=lost,
+        evaluated_tokens=evaluated,
         narrator=Narrator(prepared.schedule.total_tokens, speaks=groups.rank == 0),
         signals=signals,
         step_values=build_step_values(prepared),
         hooks=_hooks(prepared, stop_at_tokens),
     )
-    if state is not None:
-        run.restore(state)
-    _say_where_it_begins(run, is_new=state is None)
+    _begin_at(run, state)
     return run
 
 
-def _say_where_it_begins(run: Run, *, is_new: bool) -> None:
-    if is_new:
+def _begin_at(run: Run, state: RunState | None) -> None:
+    if state is None:
         log.info("a new run, from token 0, in %s", run.folder.path)
     else:
+        run.restore(state)
         log.info("resumed at token %d, step %d", run.consumed_tokens, run.step)
 
 
@@ -284,20 +292,31 @@ def say_how_it_ended(run: Run) -> None:
 
 
 def _build_metrics(
-    prepared: Prepared, groups: Groups, life: Life, consumed_tokens: int
-) -> tuple[Metrics, LostWork]:
-    if groups.rank != 0:
-        return Metrics([]), LostWork()
-    folder = prepared.folder
-    lost = drop_rows_after(folder.metrics, consumed_tokens, aside=folder.logs, pen=life.pen)
-    if lost.num_rows:
-        log.info(
-            "%d rows of metrics.jsonl lie after token %d and will be written again (%d tokens, "
-            "%s of steps); moved to %s",
-            lost.num_rows,
-            consumed_tokens,
-            lost.num_tokens,
-            format_duration(lost.time_s),
-            folder.logs,
+    prepared: Prepared, groups: Groups, life: Life, state: RunState | None
+) -> tuple[Metrics, LostWork, int]:
+    """The metrics, what they lost, and the clock of the last evaluation in them. Collective."""
+    metrics, lost, evaluated = Metrics(), LostWork(), [-1]
+    resumed_tokens = state.consumed_tokens if state else -1
+    if groups.rank == 0:
+        folder = prepared.folder
+        lost = drop_rows_after(folder.metrics, resumed_tokens, aside=folder.logs, pen=life.pen)
+        if lost.num_rows:
+            log.info(
+                "%d rows of metrics.jsonl lie after token %d and will be written again (%d tokens, "
+                "%s of steps); moved to %s",
+                lost.num_rows,
+                max(resumed_tokens, 0),
+                lost.num_tokens,
+                format_duration(lost.time_s),
+                folder.logs,
+            )
+        evaluated = [last_evaluated_tokens(folder.metrics)]
+        metrics = build_metrics(
+            prepared.recipe,
+            path=folder.metrics,
+            logs=folder.logs,
+            incarnation=life.incarnation.number,
+            resumed_tokens=resumed_tokens,
         )
-    return build_metrics(prepared.recipe, path=folder.metrics, logs=folder.logs), lost
+    dist.broadcast_object_list(evaluated, 0)
+    return metrics, lost, evaluated[0]

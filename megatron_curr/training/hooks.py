@@ -156,14 +156,13 @@ class Evaluate(Quiet):
 
     def __init__(self, every_tokens: int) -> None:
         self._every_tokens = every_tokens
-        self._evaluated_tokens: int | None = None
+        self._evaluated_tokens = -1
 
     def before_run(self, run: Run) -> None:
-        """Evaluate the first weights; the last ones of a run that was complete before have been."""
-        if run.consumed_tokens == 0:
+        """Evaluate the first weights, and what the start before was asked to end before."""
+        self._evaluated_tokens = run.evaluated_tokens
+        if self._evaluated_tokens // self._every_tokens < run.consumed_tokens // self._every_tokens:
             self._evaluate(run)
-        elif run.is_complete:
-            self._evaluated_tokens = run.consumed_tokens
 
     def after_step(self, run: Run, plan: StepPlan) -> None:
         """Evaluate when due; not when a signal asks the run to end within this step."""

@@ -12,13 +12,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_curr.incarnation.fence import Pen
 from megatron_curr.recipe.schema import Recipe
+from megatron_curr.training.loggers import Logger
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +70,6 @@ METRICS = {
 }
 
 
-class Sink(Protocol):
-    """Something rows are also sent to."""
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Take one row."""
-
-    def close(self) -> None:
-        """Flush and let go."""
-
-
 class MetricsFile:
     """Appends rows to ``metrics.jsonl``; a disk without room delays rows, never stops the run."""
 
@@ -106,62 +97,15 @@ class MetricsFile:
         os.close(self._descriptor)
 
 
-class TensorBoardSink:
-    """Scalars by consumed tokens, under ``logs/tensorboard``."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Add every value of the row."""
-        for name, value in _values_of(row):
-            self._writer.add_scalar(name, value, row["consumed_tokens"], row["time_s"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-def cut_tensorboard(folder: Path, consumed_tokens: int) -> None:
-    """Let TensorBoard show nothing after a token of what is in the folder, if anything is."""
-    if folder.is_dir():
-        from torch.utils.tensorboard import SummaryWriter
-
-        SummaryWriter(str(folder), purge_step=consumed_tokens + 1).close()
-
-
-class WandbSink:
-    """A Weights & Biases run that is found again on resume, by the run's name."""
-
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=recipe.logging.wandb_project,
-            name=recipe.name,
-            id=recipe.name,
-            resume="allow",
-            dir=str(folder),
-            config=recipe.model_dump(mode="json", by_alias=True),
-        )
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Log the row's values together with the clock."""
-        clock = {"consumed_tokens": row["consumed_tokens"], "step": row["step"]}
-        self._run.log({**clock, **dict(_values_of(row))})
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-
 class Metrics:
-    """Where rows go. On ranks other than 0 there is no sink and ``write`` does nothing."""
+    """Where rows go. On ranks other than 0 there is no file and ``write`` does nothing.
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    ``loggers`` read the file by themselves; they are only looked after here.
+    """
+
+    def __init__(self, file: MetricsFile | None = None, loggers: Sequence[Logger] = ()) -> None:
+        self._file = file
+        self._loggers = loggers
 
     def write(
         self, values: Mapping[str, Value], *, step: int, consumed_tokens: int, phase: str
@@ -170,7 +114,7 @@ class Metrics:
 
         None, of which there is no value, is null; so is what is not finite.
         """
-        if not self._sinks:
+        if self._file is None:
             return
         row: dict[str, Any] = {
             "step": step,
@@ -182,23 +126,40 @@ class Metrics:
             check_name(name)
             is_told = isinstance(value, str) or (value is not None and math.isfinite(value))
             row[name] = value if is_told else None
-        for sink in self._sinks:
-            sink.write(row)
+        self._file.write(row)
+        for logger in self._loggers:
+            logger.look_after()
 
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+    def close(self, *, waits: bool = True) -> None:
+        """Close the file and let the loggers end; ``waits`` gives them time to send the rest."""
+        if self._file is not None:
+            self._file.close()
+        for logger in self._loggers:
+            logger.end()
+        for logger in self._loggers if waits else ():
+            logger.wait()
 
 
-def build_metrics(recipe: Recipe, *, path: Path, logs: Path) -> Metrics:
-    """The sinks that the recipe asks for; for rank 0."""
-    sinks: list[Sink] = [MetricsFile(path)]
-    if recipe.logging.tensorboard:
-        sinks.append(TensorBoardSink(logs / "tensorboard"))
-    if recipe.logging.wandb_project:
-        sinks.append(WandbSink(recipe, logs))
-    return Metrics(sinks)
+def build_metrics(
+    recipe: Recipe, *, path: Path, logs: Path, incarnation: int, resumed_tokens: int
+) -> Metrics:
+    """The file, and the loggers that the recipe asks for; for rank 0.
+
+    ``resumed_tokens`` is -1 for a run that begins from nothing.
+    """
+    wanted = {
+        "tensorboard": recipe.logging.tensorboard,
+        "wandb": recipe.logging.wandb_project is not None,
+    }
+    file = MetricsFile(path)
+    return Metrics(
+        file,
+        [
+            Logger(kind, [str(path.parent), str(incarnation), str(resumed_tokens)], logs)
+            for kind, is_wanted in wanted.items()
+            if is_wanted
+        ],
+    )
 
 
 def check_name(name: str) -> None:
@@ -222,8 +183,9 @@ class LostWork:
 def drop_rows_after(path: Path, consumed_tokens: int, *, aside: Path, pen: Pen) -> LostWork:
     """Move rows written after this token into the folder ``aside``; what they stood for.
 
-    A run that resumes writes them again. A torn last line goes with them. The file is always made
-    anew: a stale incarnation that still has it open goes on writing to what is no longer there.
+    -1 moves all of them: a run that begins from nothing owes nothing to an earlier try. A run that
+    resumes writes them again. A torn last line goes with them. The file is always made anew: a
+    stale incarnation that still has it open goes on writing to what is no longer there.
     """
     if not path.is_file():
         return LostWork()
@@ -236,10 +198,11 @@ def drop_rows_after(path: Path, consumed_tokens: int, *, aside: Path, pen: Pen) 
             b"".join(stale)
         )
     pen.write(path, b"".join(kept).decode())
+    start = max(consumed_tokens, 0)
     clocks = [clock for line in stale if math.isfinite(clock := _clock_of(line))]
     return LostWork(
         num_rows=len(stale),
-        num_tokens=int(max(clocks, default=consumed_tokens)) - consumed_tokens,
+        num_tokens=int(max(clocks, default=start)) - start,
         time_s=sum(
             float(json.loads(line).get("perf/step_time_s", 0.0))
             for line in stale
@@ -256,13 +219,15 @@ def last_clock(path: Path) -> int:
     return int(max((clock for clock in clocks if math.isfinite(clock)), default=0))
 
 
+def last_evaluated_tokens(path: Path) -> int:
+    """The clock of the last evaluation in the file; -1 where there is none."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = (line for line in reversed(lines) if b'"eval/' in line)
+    return next((int(_clock_of(line)) for line in rows), -1)
+
+
 def _clock_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["consumed_tokens"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _values_of(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """What can be drawn."""
-    return [(n, value) for n, value in row.items() if "/" in n and isinstance(value, int | float)]

@@ -30,7 +30,8 @@ from megatron_curr.training.checkpoint_folder import (
     list_checkpoints,
     read_state,
 )
-from megatron_curr.training.metrics import cut_tensorboard, drop_rows_after, last_clock
+from megatron_curr.training.follow_metrics import cut_tensorboard
+from megatron_curr.training.metrics import drop_rows_after, last_clock
 from megatron_curr.training.run_folder import RunFolder
 
 

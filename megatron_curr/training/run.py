@@ -98,6 +98,7 @@ class Run:
     resumed: tuple[int, int] = (0, 0)  # step and token this start began from
     saved: tuple[int, int] = (0, 0)  # of the newest checkpoint
     longest_save_s: float | None = None  # from the decision to the published checkpoint
+    evaluated_tokens: int = -1  # clock of the last evaluation before this start, -1 for none
     lost: LostWork = field(default_factory=LostWork)  # of earlier starts, done again by this one
 
     @property
@@ -261,17 +262,20 @@ class Run:
             )
         )
 
-    def close(self) -> None:
-        """Stop the loader's thread, close the metrics, take the progress bar down."""
+    def close(self, *, waits: bool = True) -> None:
+        """Stop the loader's thread, close the metrics, take the progress bar down.
+
+        ``waits`` gives the loggers time to send their last rows.
+        """
         self.loader.close()
         self.narrator.close()
-        self.metrics.close()
+        self.metrics.close(waits=waits)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self.close()
+        self.close(waits=problem[0] is None)
 
     def restore(self, state: RunState) -> None:
         """Put the counters where a checkpoint left them."""

@@ -29,7 +29,7 @@ def test_names_are_registered_once_and_others_are_refused() -> None:
 
 
 def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    metrics = Metrics([MetricsFile(tmp_path / "m.jsonl")])
+    metrics = Metrics(MetricsFile(tmp_path / "m.jsonl"))
     metrics.write({"train/grad_norm": float("nan")}, step=1, consumed_tokens=5, phase="p")
     metrics.close()
     row = json.loads((tmp_path / "m.jsonl").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,22 @@ def test_a_complete_run_started_again_does_nothing(runs: Runs, unbroken: Path) -
     before = newest_tensors(unbroken), (unbroken / "metrics.jsonl").read_bytes()
     runs.train("unbroken")
     assert (newest_tensors(unbroken), (unbroken / "metrics.jsonl").read_bytes()) == before
+
+
+def test_evaluations_are_neither_lost_nor_repeated_by_a_resume(runs: Runs) -> None:
+    def evaluated(run: Path) -> list[int]:
+        return [row["consumed_tokens"] for row in rows(run, "eval/prose/loss_nats_per_token")]
+
+    cadence = {"evaluation.every_tokens": 1024}
+    run = runs.train("evaluated", changes=cadence, stop_at_tokens=2048)
+    assert evaluated(run) == [0, 1024, 2048]
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    is_last = [json.loads(x)["consumed_tokens"] == 2048 and "eval/time_s" in x for x in lines]
+    metrics.write_text("".join(x for x, last in zip(lines, is_last, strict=True) if not last))
+    runs.train("evaluated", changes=cadence, stop_at_tokens=3072)  # a signal had kept it from that
+    assert evaluated(run) == [0, 1024, 2048, 3072]
+    shutil.rmtree(run / "checkpoints")  # killed before its first one: begins from nothing
+    runs.train("evaluated", changes=cadence, stop_at_tokens=1024)
+    assert evaluated(run) == [0, 1024]
+    assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1))
