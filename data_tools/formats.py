@@ -70,7 +70,8 @@ def parts_of(file: Path, kind: Format, size: int, unit_bytes: int) -> Iterator[S
     for number, block_bytes in enumerate(sizes, start=1):
         taken += block_bytes
         if taken >= unit_bytes or number == len(sizes):
-            yield Span(str(file), kind, first, number, taken)
+            is_whole = first == 0 and number == len(sizes)
+            yield Span(str(file), kind, first, None if is_whole else number, taken)
             first, taken = number, 0
     if not sizes:
         yield Span(str(file), kind, 0, None, size)

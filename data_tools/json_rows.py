@@ -17,7 +17,7 @@ from data_tools.rows import BLANK_LINES
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
-_EXACT_FLOATS = 2.0**63  # orjson makes larger integers floats
+_SMALLEST_ROUNDED = 2.0**63
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ARRAY = re.compile(rb'\[\s*(?:[\[\]{"\d]|-\d|-?Infinity\b|true\b|false\b|null\b|NaN\b)')
 _BETWEEN = re.compile(rb"(?:[\s,]|\xef\xbb\xbf)*+")
@@ -41,10 +41,18 @@ def parse_json(line: bytes, exact: Sequence[str] = ()) -> tuple[dict[str, Any] |
     if not isinstance(content, dict):
         return "not a JSON object", False
     for name in exact:
-        value = content.get(name)
-        if type(value) is float and abs(value) >= _EXACT_FLOATS:
+        if _may_be_rounded(content.get(name, content.get(name.partition(".")[0]))):
             return _parse_as_python(line)
     return content, False
+
+
+def _may_be_rounded(value: Any) -> bool:
+    """Whether there is a float that may have been an integer: orjson has none beyond 64 bits."""
+    if type(value) is float:
+        return abs(value) >= _SMALLEST_ROUNDED
+    if type(value) is list:
+        return any(map(_may_be_rounded, value))
+    return type(value) is dict and any(map(_may_be_rounded, value.values()))
 
 
 def _parse_as_python(line: bytes) -> tuple[dict[str, Any] | str, bool]:
@@ -101,10 +109,10 @@ class JsonValues:
     Raises ``EOFError`` where the stream ends inside a value or an array.
     """
 
-    def __init__(self, stream: BinaryIO, *, max_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, *, max_bytes: int, offset: int = 0) -> None:
         self._stream, self._max_bytes = stream, max_bytes
         self._data = b""
-        self._offset = 0  # of the data in the stream
+        self._offset = offset  # of the data in the stream
         self._start = self._at = 0  # of the value, and of what comes next, in the data
 
     def __iter__(self) -> Iterator[tuple[int, int, bytes | None]]:

@@ -24,11 +24,16 @@ def read_lines(span: Span, fields: Sequence[str], max_bytes: int) -> Iterator[Ro
         _check_encoding(span.file, head, is_json=is_json)
         file.seek(0)
         stream = decompressed(file, span.format.compression)
+        parse = _json_parser(fields) if is_json else _parse_text
+        mark_bytes = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
         if is_json and span.end is None and not is_json_lines(head):
-            yield from _values(file, stream, max_bytes)
+            first = len(stream.read(mark_bytes))
+            values = JsonValues(stream, max_bytes=max_bytes, offset=first)
+            yield from _values(file, values, parse=parse, max_bytes=max_bytes)
         else:
-            parse = _json_parser(fields) if is_json else _parse_text
-            first = span.first or (len(BYTE_ORDER_MARK) * head.startswith(BYTE_ORDER_MARK))
+            first = (
+                _skip_to_line(stream, span.first) if span.first else len(stream.read(mark_bytes))
+            )
             yield from _lines(span, file, stream, first=first, parse=parse, max_bytes=max_bytes)
 
 
@@ -57,7 +62,7 @@ def _lines(
     parse: Callable[[bytes], Parsed],
     max_bytes: int,
 ) -> Iterator[Row]:
-    offset = _skip_to_line(stream, span.first) if span.first else len(stream.read(first))
+    offset = first
     read_at, number = file.tell() if stream is not file else span.first, 0
     while span.end is None or offset < span.end:
         line = stream.readline(max_bytes + 1)
@@ -77,13 +82,15 @@ def _lines(
         offset += length
 
 
-def _values(file: BinaryIO, stream: BinaryIO, max_bytes: int) -> Iterator[Row]:
+def _values(
+    file: BinaryIO, values: JsonValues, *, parse: Callable[[bytes], Parsed], max_bytes: int
+) -> Iterator[Row]:
     read_at = 0
-    for number, (offset, _, value) in enumerate(JsonValues(stream, max_bytes=max_bytes), start=1):
+    for number, (offset, _, value) in enumerate(values, start=1):
         content: dict[str, Any] | str = f"longer than {max_bytes:,} bytes"
         is_mended = False
         if value is not None:
-            content, is_mended = parse_json(value)
+            content, is_mended = parse(value)
         now_at = file.tell()
         yield Row(number, now_at - read_at, content, offset, is_mended)
         read_at = now_at

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_tools import dedup
 from data_tools.filters import Filter
 from megatron_curr.data.shards import open_shards
+from megatron_curr.errors import DataError
 from tests.data_tools.text_corpora import TEXTS, run, small_tokenizer, write_jsonl
 
 
@@ -52,6 +54,73 @@ def test_the_text_is_in_the_field_that_was_named(tmp_path: Path) -> None:
     summary, table, options = preprocessed(tmp_path, rows, text_field="body")
     assert small_tokenizer().decode(table[0]["ids"]) == "this" and options["text_field"] == "body"
     assert summary.rejects == {"no field 'body'": 1}
+
+
+NESTED = [
+    {"meta": {"text": "nested", "url": "u", "deep": {"er": 2**70}}, "id": 1},
+    {"meta.text": "literal", "meta": {"text": "loses", "url": "v"}, "id": 2},
+    {"meta.deep": {"er": 3}, "meta": {"text": "both", "deep": {"er": 4}}, "id": 3},
+    {"meta": {"text": None}, "id": 4},
+    {"meta": None, "id": 5},
+    {"meta": "text", "id": 6},
+    {"meta": {"text": 7}, "id": 7},
+]
+
+
+def test_fields_inside_of_fields_have_dots_and_a_key_written_so_wins(tmp_path: Path) -> None:
+    how = {"text_field": "meta.text", "metadata": ("meta.url", "meta.deep.er"), "filter": "id > 0"}
+    summary, table, _ = preprocessed(tmp_path, NESTED, **how)
+    decode = small_tokenizer().decode
+    assert [(decode(row["ids"]), row["meta.url"], row["meta.deep.er"]) for row in table] == [
+        ("nested", "u", str(2**70)),
+        ("literal", "v", None),
+        ("both", None, "3"),
+    ]
+    assert summary.rejects == {
+        "field 'meta.text' is null": 2,
+        "field 'meta.text' is not text": 1,
+        "no field 'meta.text'": 1,
+    }
+
+
+def test_structs_of_tables_are_fields_inside_of_fields(tmp_path: Path) -> None:
+    rows = pa.array([{"text": text, "n": n} for n, text in enumerate(TEXTS[:8])])
+    table = pa.table({"meta": rows, "text": ["not this"] * 8})
+    kinds = {
+        "plain": table,
+        "dictionary": pa.table({"meta.text": pa.array(TEXTS[:8]).dictionary_encode()}),
+        "large": pa.table({"meta.text": pa.array(TEXTS[:8], pa.large_string())}),
+        "bytes": pa.table({"meta.text": pa.array([text.encode() for text in TEXTS[:8]])}),
+    }
+    for name, content in kinds.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(content, tmp_path / name / "a.parquet")
+        with pa.ipc.new_file(str(tmp_path / name / "b.arrow"), content.schema) as writer:
+            writer.write_table(content)
+        for file in ("a.parquet", "b.arrow"):
+            output = tmp_path / name / file.partition(".")[0]
+            run([tmp_path / name / file], output, heldout_frac=0, text_field="meta.text")
+            shards = open_shards(output / "train")
+            text = small_tokenizer().decode(shards.read(0, shards.num_tokens).tolist())
+            assert text == "".join(TEXTS[:8])
+    with pytest.raises(DataError, match=r"no column 'meta\.body'|field 'meta\.body'"):
+        run([tmp_path / "large" / "a.parquet"], tmp_path / "y", text_field="meta.body")
+
+
+def test_numbers_and_letters_that_nothing_can_write_are_mended_or_rejected(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a \ud83d b", "n": 1, "s": "\udc00"},
+        {"text": "fine", "n": 10**400, "s": 10**400},
+        {"text": "good", "n": float("nan"), "s": float("inf")},
+    ]
+    summary, table, options = preprocessed(
+        tmp_path, rows, metadata=("n:float", "s"), metadata_prefix=("s",)
+    )
+    text = small_tokenizer().decode(table[0]["ids"])
+    assert text.endswith("a \ufffd b") and table[0]["s"] == "\ufffd"
+    assert summary.mended == options["mended_rows"] == 1
+    assert "1 with lone surrogates, now U+FFFD" in summary.text()
+    assert summary.rejects == {"metadata 'n' is not float": 1} and len(table) == 2
 
 
 def test_filtered_documents_are_counted_and_bad_ones_rejected(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -176,6 +178,53 @@ def test_a_field_that_is_not_there_is_told_with_those_that_are(
             listing = tmp_path / "a.partial" / "rejects.jsonl"
             assert f"{count:,} no field 'text'" in told and "has the fields content, id" in told
             assert str(listing) in told and len(listing.read_bytes().splitlines()) == count
+
+
+def test_what_holds_no_document_is_said_alone_and_among_others(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "void").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", TEXTS[:30])
+    for name in ("b.jsonl", "c.txt", "d.json"):
+        (folder / name).touch()
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(b""))
+    (folder / "f.jsonl").write_text("\n\n")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "g.parquet")
+    (folder / "h.json").write_text("[]")
+    for unit_bytes in (300, 1 << 20):
+        output = tmp_path / str(unit_bytes) / "x"
+        summary = run([folder], output, unit_bytes=unit_bytes)
+        assert sum(summary.documents.values()) == 30 and not summary.rejects
+        assert summary.passed_over == {"empty files": 6, "blank lines": 2, "empty folders": 1}
+        assert json.loads(summary.json())["passed_over"] == summary.passed_over
+        assert "6 empty files" in summary.text()
+        listed = [json.loads(line) for line in (output / "rejects.jsonl").open()]
+        assert [Path(row["file"]).name[0] for row in listed] == list("bcdegh")
+        assert {row["reason"] for row in listed} == {"empty files"}
+        manifest = read_manifest(output / "train")
+        assert manifest is not None and manifest.options["passed_over"] == summary.passed_over
+    (folder / "a.jsonl").unlink()
+    for inputs in ([folder], [folder / "e.jsonl.gz"], [folder / "g.parquet"], [folder / "h.json"]):
+        with pytest.raises(DataError, match=r"no document to train on \(.*passed over: [1-9]"):
+            run(inputs, tmp_path / "y")
+    assert not (tmp_path / "y").exists() and not (tmp_path / "y.partial").exists()
+
+
+def test_a_corpus_too_small_to_hold_anything_out_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [text for text in TEXTS if not is_held_out(digest(text), 0.02)][:3]
+    corpus = write_jsonl(tmp_path / "a.jsonl", few)
+    command = ["preprocess", str(corpus), "--tokenizer", str(small_tokenizer().path)]
+    command += ["--workers", "1", "--output", str(tmp_path / "a")]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "a/heldout: nothing held out, so there is no such folder" in told
+    assert "--heldout-frac 0.02 of 3 documents is 0.1" in told
+    assert main([*command, "--heldout-frac", "0", "--overwrite"]) == 0
+    assert "held" not in capsys.readouterr().out
+    held_out = [text for text in TEXTS if is_held_out(digest(text), 0.5)][:3]
+    with pytest.raises(DataError, match=r"--heldout-frac 0\.5 holds out all 3 of them; lower it"):
+        run([write_jsonl(corpus, held_out)], tmp_path / "b", heldout_frac=0.5)
 
 
 def test_wrong_input_writes_nothing(tmp_path: Path) -> None:
