@@ -76,6 +76,8 @@ class Published:
     bos_token: str | None
     begins_with: tuple[str, ...]
     """What training read before every document."""
+    spells_special: bool
+    """Whether ``split_special_tokens`` reads special tokens that are typed as training did."""
     notes: tuple[str, ...]
 
 
@@ -146,8 +148,10 @@ def _write_fast(
     pieces = [ours.decode([token]) for token in sorted(vocabulary.values())]
     typed = [text for token in added for text in _around(token)]
     check_equal(ours, folder / JSON, [*texts, *typed, *pieces])
-    loader, more = _loader(ours, folder, [*texts, *typed], FAST_CLASS, begins_with, added)
-    return _published(ours, settings, vocabulary, loader, start, (*notes, *settings.notes, *more))
+    loading = _load(ours, folder, [*texts, *typed], FAST_CLASS, begins_with, added)
+    return _published(
+        ours, settings, vocabulary, loading, start, (*notes, *settings.notes, *loading.notes)
+    )
 
 
 def _write_slow(
@@ -164,7 +168,7 @@ def _write_slow(
     notes = [f"{ours.path}: {reason}, so it has no exact {JSON} and goes along as it is"]
     settings = Settings({key: value for key, value in old.items() if key != "auto_map"})
     vocabulary = dict(ours.special_tokens)
-    loader = None
+    loading = Loading(None, False, ())
     if isinstance(ours, SentencePieceTokenizer):
         pieces = read_model(ours.path).pieces
         vocabulary = {piece.piece: token for token, piece in enumerate(pieces)}
@@ -181,21 +185,21 @@ def _write_slow(
     _write_files(ours, files, folder, settings)
     if isinstance(ours, SentencePieceTokenizer):
         typed = [text for token in ours.special_tokens for text in _around(token)]
-        loader, more = _loader(ours, folder, [*texts, *typed], SLOW_CLASS, (), ours.special_tokens)
-        notes += more
+        loading = _load(ours, folder, [*texts, *typed], SLOW_CLASS, (), ours.special_tokens)
+        notes += loading.notes
         if start:
             notes.append(
                 f"{CONFIG}: {SLOW_CLASS} puts no token before a text, and training read "
                 f"{' '.join(map(repr, start))} there: put it before a text yourself"
             )
-    return _published(ours, settings, vocabulary, loader, start, (*notes, *settings.notes))
+    return _published(ours, settings, vocabulary, loading, start, (*notes, *settings.notes))
 
 
 def _published(
     ours: Tokenizer,
     settings: Settings,
     vocabulary: Mapping[str, int],
-    loader: str | None,
+    loading: Loading,
     begins_with: tuple[str, ...],
     notes: tuple[str, ...],
 ) -> Published:
@@ -204,7 +208,7 @@ def _published(
     if pad:
         ids["pad_token_id"] = vocabulary[pad]
     eos = settings.token("eos_token") or _piece(ours, vocabulary, ours.eod_id)
-    return Published(ids, loader, eos, bos, begins_with, notes)
+    return Published(ids, loading.name, eos, bos, begins_with, loading.spells_special, notes)
 
 
 def _write_files(ours: Tokenizer, files: Path | None, folder: Path, settings: Settings) -> None:
@@ -225,6 +229,10 @@ def _write_files(ours: Tokenizer, files: Path | None, folder: Path, settings: Se
     elif isinstance(ours, TiktokenTokenizer):
         for path in (ours.path, ours.path.with_suffix(".json")):
             copy(path, folder / path.name)
+    own = files / CONFIG if files else None
+    if own and own.is_file() and json.loads(own.read_bytes()) == settings.content:
+        shutil.copyfile(own, folder / CONFIG)
+        return
     text = json.dumps(settings.content, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
@@ -255,22 +263,31 @@ def check_equal(ours: Tokenizer, path: Path, texts: Sequence[str]) -> None:
             raise NotExact(f"as {path.name} it decodes {_excerpt(text)} differently")
 
 
-def _loader(
+@dataclass(frozen=True)
+class Loading:
+    """How transformers comes to read what training read."""
+
+    name: str | None
+    spells_special: bool
+    notes: tuple[str, ...]
+
+
+def _load(
     ours: Tokenizer,
     folder: Path,
     texts: Sequence[str],
     kind: str,
     begins_with: Sequence[int],
     added: Collection[str],
-) -> tuple[str | None, list[str]]:
-    """The class of transformers that reads what training read, and what keeps others from it.
+) -> Loading:
+    """By which class it does, and what keeps others from it.
 
     ``added`` are the tokens that it finds in a text: typed special ones, too, as they are where
     preprocessing allows them.
     """
     import transformers
 
-    notes = []
+    notes: list[str] = []
     for name in ("AutoTokenizer", kind):
         version = f"{name} of transformers {transformers.__version__}"
         try:
@@ -278,19 +295,23 @@ def _loader(
             others = {*loaded.all_special_tokens} - {*added}  # named, and no more than pieces
             tried = [text for text in texts if not any(token in text for token in others)]
             found = loaded(tried)["input_ids"]
+            spelled = loaded(tried, split_special_tokens=True)["input_ids"]
         except Exception as error:  # the library raises kinds of its own, and of what it calls
             why = str(error).strip().splitlines()[:1]
             notes.append(f"{version} cannot load the tokenizer: {''.join(why)}")
             continue
-        wanted = [[*begins_with, *ids] for ids in ours.encode_batch(tried, allow_special=True)]
+        wanted, as_text = (
+            [[*begins_with, *ids] for ids in ours.encode_batch(tried, allow_special=allow)]
+            for allow in (True, False)
+        )
         bad = next((i for i, ids in enumerate(found) if ids != wanted[i]), None)
         if bad is None:
-            return name, notes
+            return Loading(name, spelled == as_text, tuple(notes))
         notes.append(
             f"{version} takes {type(loaded).__name__}, which gives other ids, such as for "
             f"{_excerpt(tried[bad])}: {found[bad][:6]} where training read {wanted[bad][:6]}"
         )
-    return None, notes
+    return Loading(None, False, tuple(notes))
 
 
 def _vocabulary(document: Mapping[str, Any]) -> dict[str, int]:

@@ -204,6 +204,7 @@ def test_a_hugging_face_folder_goes_there_and_back_to_the_byte(
         EOS,
         None,
         (),
+        True,
         (),
     )
     for name in {path.name for path in source.iterdir()} - {"README.md"}:
