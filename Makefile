@@ -6,6 +6,7 @@
 #   make slurm    install slurm-wlm (Debian, root), for the tests that start a cluster of their own
 #   make dali     install NVIDIA DALI (424 MB), for the tests that decode with it on the CPU
 #   make test-slurm   these tests alone
+#   make reference   write docs/recipe.md and docs/metrics.md anew
 #   make check    lint, types and the shape of the repository
 #   make bench    the measurements behind docs/
 #   make clean    remove the environment and caches; runs and data stay
@@ -25,7 +26,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-video test slurm dali test-slurm check format bench clean
+.PHONY: help venv demo demo-video test slurm dali test-slurm reference check format bench clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -59,6 +60,10 @@ dali: $(STAMP)
 
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10 tests/slurm
+
+reference: $(STAMP)
+	$(BIN)/megatron-curr reference recipe > docs/recipe.md
+	$(BIN)/megatron-curr reference metrics > docs/metrics.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,29 @@ def run_without_torch(*verb: str) -> subprocess.CompletedProcess[str]:
 def test_light_verbs_start_without_torch(verb: list[str]) -> None:
     done = run_without_torch(*verb)
     assert done.returncode == 0, done.stderr
+
+
+def test_shells_are_told_the_verbs_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MEGATRON_CURR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "megatron-curr tra")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done = run_without_torch()
+    assert set(done.stdout.split()) == {"train", "trace", "train-tokenizer"}, done.stderr
+    monkeypatch.setenv("COMP_WORDS", "megatron-curr train --st")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert run_without_torch().stdout.split() == ["--stop-at"]
+
+
+def test_completion_is_installed_into_bash(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("megatron-curr")
+    script = f"""
+        {command} --install-completion > /dev/null && source "$HOME/.bashrc"
+        COMP_WORDS=({command} rep); COMP_CWORD=1; _megatron_curr_completion {command}
+        echo "${{COMPREPLY[@]}}"
+    """
+    home = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", script], env=home, capture_output=True, text=True)
+    assert done.stdout.split() == ["report"], done.stderr
 
 
 @pytest.mark.parametrize("verb", [["convert", "runs/nope", "out"], ["merge", "out", "a", "b"]])

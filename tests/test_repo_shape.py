@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from megatron_curr.cli import app
+from megatron_curr.reference import PAGES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -43,6 +44,7 @@ BELOW: dict[str, set[str]] = {
     "training": CORE | {"curriculum", "plan", "incarnation", "data", "parallel", "models"},
     "video_trace": CORE | {"curriculum", "data"},
     "compare": CORE | {"curriculum"},
+    "reference": CORE | {"training"},
     "trace": CORE | {"curriculum", "data", "video_trace"},
     "trace_verify": CORE | {"data", "trace", "video_trace"},
     "doctor": CORE | {"incarnation", "models"},
@@ -228,6 +230,12 @@ def test_every_verb_has_help_with_an_example() -> None:
         assert f"Example: megatron-curr {name}" in (verb.epilog or ""), name
         undocumented = [p.name for p in verb.params if not getattr(p, "help", None)]
         assert undocumented == [], name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_reference_page_is_as_the_code_makes_it(page: str) -> None:
+    written = (ROOT / "docs" / f"{page}.md").read_text()
+    assert written == PAGES[page](), f"docs/{page}.md is of another state: make reference"
 
 
 def test_every_recipe_opens_with_its_command() -> None:

@@ -23,7 +23,7 @@ from megatron_curr.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; ``arguments`` default to the command line's."""
     try:
-        app(args=None if arguments is None else list(arguments))
+        app(args=None if arguments is None else list(arguments), prog_name="megatron-curr")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except UserError as error:

@@ -15,7 +15,6 @@ app = typer.Typer(
     help="Pretrain models on Megatron-Core with one curriculum driven by consumed tokens.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )

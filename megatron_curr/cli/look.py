@@ -1,10 +1,10 @@
-"""Verbs that look: report, trace, diff, doctor, schema."""
+"""Verbs that look: report, trace, diff, doctor, schema, reference."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -113,3 +113,16 @@ def schema() -> None:
     from megatron_curr.recipe.kinds import recipe_json_schema
 
     typer.echo(json.dumps(recipe_json_schema(), indent=2))
+
+
+@app.command(epilog="Example: megatron-curr reference recipe | less")
+def reference(
+    page: Annotated[
+        Literal["recipe", "metrics"],
+        typer.Argument(help="recipe: every key and preset; metrics: every name and unit."),
+    ],
+) -> None:
+    """Print a reference page, as docs/recipe.md and docs/metrics.md hold it."""
+    from megatron_curr.reference import PAGES
+
+    typer.echo(PAGES[page](), nl=False)

@@ -52,6 +52,8 @@ class Source(Section):
 
 
 class Data(Section):
+    """What a text run reads."""
+
     tokenizer: str = Field(description="SentencePiece .model or a Hugging Face tokenizer folder")
     sources: Annotated[
         dict[Annotated[str, Field(pattern=NAME_PATTERN)], Source], AfterValidator(by_name)
