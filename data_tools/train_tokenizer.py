@@ -73,6 +73,8 @@ def train_tokenizer(
     try:
         train(texts, output, vocab_size, special_tokens)
     except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a file or a disk, not the text
         raise DataError(
             f"{', '.join(map(str, inputs))}: cannot train {vocab_size:,} pieces on this text: "
             f"{str(error).strip()}; give more text or a smaller --vocab-size"

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -5,10 +6,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from megatron_curr import __version__
 from megatron_curr.cli import main
+from megatron_curr.data.shards import ShardWriter
 from megatron_curr.errors import DataError
 from tests.recipe.recipes import write_recipe
 
@@ -49,6 +52,60 @@ def test_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     stand_in(monkeypatch, "megatron_curr.report.build", write_report=fail)
     with pytest.raises(ZeroDivisionError):
         main(["report", "run"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [
+        (errno.EACCES, 2, "Permission denied: name a place that you may read and write"),
+        (errno.EROFS, 2, "Read-only file system: name a place"),
+        (errno.ENOTDIR, 2, "Not a directory: a file stands where a folder is needed"),
+        (errno.ENOSPC, 1, "No space left on device: free some space"),
+    ],
+)
+def test_what_the_file_system_refuses_is_a_sentence_about_a_place_the_user_knows(
+    number: int,
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(run: Path) -> Path:
+        raise OSError(number, os.strerror(number), str(run / ".report.html.4711"))
+
+    stand_in(monkeypatch, "megatron_curr.report.build", write_report=refuse)
+    assert main(["report", "runs/a"]) == code
+    assert capsys.readouterr().err.startswith(f"error: runs/a: {told}")
+
+
+def test_an_os_error_that_is_no_refusal_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(run: Path) -> Path:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    stand_in(monkeypatch, "megatron_curr.report.build", write_report=fail)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main(["report", "run"])
+
+
+def test_verbs_that_write_say_where_they_may_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in the place of a folder: root is refused by it as well."""
+    with ShardWriter(tmp_path / "shards" / "one", np.dtype(np.uint16)) as writer:
+        writer.add_document(range(9))
+    (tmp_path / "text.jsonl").write_text("\n".join(f'{{"text": "word {n}"}}' for n in range(999)))
+    (tmp_path / "file").touch()
+    for verb, given, output in (
+        ("merge-shards", tmp_path / "shards", tmp_path / "file" / "merged"),
+        ("split-shards", tmp_path / "shards", Path("/proc/none")),
+        ("train-tokenizer", tmp_path / "text.jsonl", tmp_path / "file" / "tokenizer.model"),
+    ):
+        size = ["--shard-tokens", "5"] if verb == "split-shards" else []
+        assert main([verb, str(given), "--output", str(output), *size]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {output.parent}") and "another" in told, verb
 
 
 def test_interrupt_ends_with_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
