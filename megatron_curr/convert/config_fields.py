@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_curr.convert.family import Family
 from megatron_curr.convert.rotations import FIELDS as ROTATIONS
-from megatron_curr.convert.rotations import settle_rotations
+from megatron_curr.convert.rotations import as_version_4, settle_rotations
+from megatron_curr.convert.windows import FULL, SLIDING
 from megatron_curr.errors import CheckpointError
 
 READ_FOR_ALL = frozenset({"vocab_size", "tie_word_embeddings", "initializer_range"}) | ROTATIONS
@@ -111,7 +112,10 @@ def settle(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
                 f"config.json: {name} is {value!r}; no {family.architecture} of transformers "
                 "reads it: remove it if it is there by mistake"
             )
-    settled["rope"] = settle_rotations(config, stretched=taken)
+    apart = family.windows_rotate_apart
+    settled["rope"] = settle_rotations(config, stretched=taken, layers=FULL if apart else None)
+    if apart:
+        settled["rope_of_windows"] = settle_rotations(config, stretched=taken, layers=SLIDING)
     return settled
 
 
@@ -124,9 +128,7 @@ def _as_transformers_takes_it(
 
     given = copy.deepcopy(dict(config))
     if "rope_parameters" in given and "rope_parameters" not in fields:  # version 4 passes it over
-        rope = given.pop("rope_parameters") or {}
-        given.setdefault("rope_theta", rope.get("rope_theta"))
-        given["rope_scaling"] = given.get("rope_scaling") or rope
+        given |= as_version_4(given.pop("rope_parameters") or {}, given)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it tells of fields that are refused here
     try:

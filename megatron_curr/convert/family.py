@@ -116,8 +116,8 @@ class Family:
     """Other values of ``architectures`` in configs of the same table."""
     also_of_type: tuple[str, ...] = ()
     """Other values of ``model_type``, whose config class has other defaults."""
-    rotated_apart: tuple[str, ...] = ()
-    """Kinds of layers, where the config gives each its rotations."""
+    windows_rotate_apart: bool = False
+    """Whether its config gives layers with a window rotations of their own."""
     ignored: str | None = None
     """Pattern of published tensors that are not weights of this model, ``NUM_LAYERS`` in it."""
 
@@ -135,6 +135,8 @@ class Family:
     def misfit(self, model: Model) -> str | None:
         """The first setting by which ``model`` is not of this architecture; None when it is."""
         given = {*self.names.values(), *self.computed, *self.free, *_NEUTRAL, *_SHARED}
+        if self.windows_rotate_apart:
+            given.add("window_rotary_base")
         for name, info in Model.model_fields.items():
             if name in given or (model.num_moe_experts is None and name.startswith("moe_")):
                 continue
@@ -182,6 +184,8 @@ class Family:
             is_partial=self.is_partly_rotated,
             max_positions=config.get("max_position_embeddings") or 0,
         )
+        if self.windows_rotate_apart:
+            rope |= rotations.read_window_rotations(config)
         return {**self.requires, **rope, **named, **self.read(config)}
 
     def rotations(self, model: Model) -> dict[str, Any]:

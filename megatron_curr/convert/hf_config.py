@@ -17,6 +17,7 @@ from megatron_curr.convert import (
     deepseek_v2,
     deepseek_v3,
     falcon,
+    gemma,
     glm4,
     glm4_moe,
     gpt_neox,
@@ -37,6 +38,8 @@ from megatron_curr.convert import (
 )
 from megatron_curr.convert.config_fields import settle
 from megatron_curr.convert.family import Family
+from megatron_curr.convert.refused import REFUSED
+from megatron_curr.convert.rotations import of_every_kind
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.recipe.expert_rules import expert_combinations
 from megatron_curr.recipe.model import Model
@@ -45,20 +48,10 @@ from megatron_curr.recipe.model_rules import combinations
 FAMILIES: tuple[Family, ...] = (
     *(llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mistral.FAMILY, olmo2.FAMILY, olmo3.FAMILY),
     *(phi3.FAMILY, granite.FAMILY, smollm3.FAMILY, glm4.GLM, glm4.FAMILY),
+    *(gemma.GEMMA, gemma.GEMMA3),
     *(gpt_neox.FAMILY, falcon.FAMILY, starcoder2.FAMILY, nemotron.FAMILY, telechat2.FAMILY),
     *(mixtral.FAMILY, qwen3_moe.FAMILY, deepseek_v3.FAMILY, deepseek_v2.FAMILY, glm4_moe.FAMILY),
 )
-_GEMMA = (
-    "megatron-core 0.16.1 has no scaling of embeddings by sqrt(hidden_size), no norms on both "
-    "sides of a block"
-)
-REFUSED = {
-    "Gemma2ForCausalLM": f"{_GEMMA}, no soft caps of logits and no window in every second layer",
-    "Gemma3ForCausalLM": f"{_GEMMA}, and no second rotary base for layers with a window",
-    "GemmaForCausalLM": "megatron-core 0.16.1 has no scaling of embeddings by sqrt(hidden_size)",
-    "Qwen2MoeForCausalLM": "our shared experts have no gate of their own",
-    "GPT2LMHeadModel": "our models rotate positions and learn no table of them",
-}
 # Of the rotations, what version 4 of transformers has beside ``rope_scaling``.
 _BESIDE = ("rope_theta", "partial_rotary_factor")
 
@@ -171,7 +164,6 @@ def write_config(
 ) -> dict[str, Any]:
     """The text of ``config.json``, for transformers 4 and 5."""
     rope = family.rotations(model)
-    of_layers = {kind: rope for kind in family.rotated_apart}
     stretched = {key: value for key, value in rope.items() if key not in _BESIDE}
     beside = {key: rope[key] for key in _BESIDE if key in rope}
     return {
@@ -182,7 +174,7 @@ def write_config(
         "initializer_range": model.init_method_std,
         **beside,
         "rope_scaling": stretched if stretched["rope_type"] != "default" else None,
-        "rope_parameters": of_layers or rope,
+        "rope_parameters": (of_every_kind(model, rope) if family.windows_rotate_apart else rope),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
         "pad_token_id": None,  # some classes have a default beyond our vocabulary

@@ -17,7 +17,7 @@ from megatron_curr.convert.llama import (
     gated_mlp,
     layer_entry,
 )
-from megatron_curr.convert.mistral import WINDOW, whole_window
+from megatron_curr.convert.windows import WINDOW, WINDOW_SETTINGS, read_window, write_window
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.model import Model
 
@@ -52,11 +52,11 @@ def write_experts(model: Model) -> dict[str, Any]:
     """Experts in every layer, of one width. Raises ``RecipeError`` where they are not."""
     if not all(model.moe_layers):
         raise RecipeError("moe_layer_freq leaves layers without experts, there all have them")
-    return {"intermediate_size": model.expert_ffn_hidden_size, "sliding_window": None}
+    return {"intermediate_size": model.expert_ffn_hidden_size, **write_window(model)}
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**whole_window(config), "moe_ffn_hidden_size": config["intermediate_size"]}
+    return {**read_window(config), "moe_ffn_hidden_size": config["intermediate_size"]}
 
 
 FAMILY = Family(
@@ -77,7 +77,7 @@ FAMILY = Family(
         "router_aux_loss_coef": "moe_aux_loss_coeff",
     },
     fixed=FIXED,
-    computed=frozenset({"moe_ffn_hidden_size", "moe_layer_freq"}),
+    computed=WINDOW_SETTINGS | {"moe_ffn_hidden_size", "moe_layer_freq"},
     reads=WINDOW | {"intermediate_size"},
     harmless={"router_jitter_noise": "moves the router's input while training"},
     write=write_experts,

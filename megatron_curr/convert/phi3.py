@@ -26,8 +26,8 @@ from megatron_curr.convert.llama import (
     TAIL,
     layer_entry,
 )
-from megatron_curr.convert.mistral import WINDOW, whole_window
 from megatron_curr.convert.qwen2 import plain_heads
+from megatron_curr.convert.windows import WINDOW, WINDOW_SETTINGS, read_window, write_window
 from megatron_curr.recipe.model import Model
 
 
@@ -65,9 +65,10 @@ FAMILY = Family(
     tail=TAIL,
     names=NAMES,
     fixed=FIXED,
+    computed=WINDOW_SETTINGS,
     reads=WINDOW,
-    read=whole_window,
-    write=lambda model: {**plain_heads(model), "sliding_window": None},
+    read=read_window,
+    write=lambda model: {**plain_heads(model), **write_window(model)},
     stretched=frozenset(),  # the class knows longrope alone
     is_partly_rotated=True,
 )

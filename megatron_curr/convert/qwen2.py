@@ -6,7 +6,12 @@ from typing import Any
 
 from megatron_curr.convert.family import Family
 from megatron_curr.convert.llama import FIXED, HEAD, LAYER, NAMES, QKV_BIASES, TAIL
-from megatron_curr.convert.mistral import WINDOW, whole_windows
+from megatron_curr.convert.windows import (
+    WINDOW_SETTINGS,
+    WINDOWS,
+    read_windows,
+    write_windows,
+)
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.model import Model
 
@@ -20,8 +25,20 @@ def plain_heads(model: Model) -> dict[str, Any]:
     return {}
 
 
-QWEN_WINDOW = WINDOW | {"layer_types", "use_sliding_window", "max_window_layers"}
+QWEN_WINDOWS = WINDOWS | {"use_sliding_window", "max_window_layers"}
 """Config fields that say which layers look through a window."""
+
+
+def write_qwen_windows(model: Model) -> dict[str, Any]:
+    """``layer_types``, and what says that they count."""
+    # The first of these layers are without a window, which version 4 of transformers asks for.
+    whole = model.windowed_layers.index(True) if True in model.windowed_layers else 0
+    return {
+        **write_windows(model),
+        "use_sliding_window": model.window_size is not None,
+        "max_window_layers": whole if model.window_size else model.num_layers,
+    }
+
 
 FAMILY = Family(
     architecture="Qwen2ForCausalLM",
@@ -32,7 +49,8 @@ FAMILY = Family(
     names=NAMES,
     fixed=FIXED,
     requires={"add_qkv_bias": True},
-    reads=QWEN_WINDOW,
-    read=whole_windows,
-    write=lambda model: {**plain_heads(model), "use_sliding_window": False},
+    computed=WINDOW_SETTINGS,
+    reads=QWEN_WINDOWS,
+    read=read_windows,
+    write=lambda model: {**plain_heads(model), **write_qwen_windows(model)},
 )

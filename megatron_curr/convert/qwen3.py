@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_curr.convert.family import Family, all_rows, head_width
 from megatron_curr.convert.llama import FIXED, HEAD, LAYER, NAMES, TAIL, layer_entry
-from megatron_curr.convert.mistral import whole_windows
-from megatron_curr.convert.qwen2 import QWEN_WINDOW
+from megatron_curr.convert.qwen2 import QWEN_WINDOWS, write_qwen_windows
+from megatron_curr.convert.windows import WINDOW_SETTINGS, read_windows
 
 QUERY_KEY_NORMS = tuple(
     layer_entry(
@@ -25,7 +25,8 @@ FAMILY = Family(
     names=NAMES,
     fixed={**FIXED, "attention_bias": (False,)},
     requires={"qk_layernorm": True},
-    reads=QWEN_WINDOW,
-    read=whole_windows,
-    write=lambda model: {"use_sliding_window": False},
+    computed=WINDOW_SETTINGS,
+    reads=QWEN_WINDOWS,
+    read=read_windows,
+    write=write_qwen_windows,
 )

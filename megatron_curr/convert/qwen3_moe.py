@@ -17,9 +17,9 @@ from megatron_curr.convert.llama import (
     NAMES,
     TAIL,
 )
-from megatron_curr.convert.mistral import WINDOW, whole_window
 from megatron_curr.convert.mixtral import routed_experts
 from megatron_curr.convert.qwen3 import QUERY_KEY_NORMS
+from megatron_curr.convert.windows import WINDOW, WINDOW_SETTINGS, read_window, write_window
 from megatron_curr.recipe.model import Model
 
 
@@ -32,7 +32,8 @@ def _write(model: Model) -> dict[str, Any]:
         "norm_topk_prob": not model.moe_router_pre_softmax,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, sparse in enumerate(model.moe_layers) if not sparse],
-        "use_sliding_window": False,
+        "use_sliding_window": model.window_size is not None,
+        **write_window(model),
     }
 
 
@@ -41,8 +42,9 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = range(config["num_hidden_layers"])
     sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
     return {
-        **whole_window(config),
-        "num_moe_experts": config["num_experts"],
+        **read_window(config),
+        # Version 5 of transformers saves the first; 4 knows the second alone.
+        "num_moe_experts": config.get("num_local_experts") or config["num_experts"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_router_pre_softmax": not config["norm_topk_prob"],
         "moe_layer_freq": 1 if all(sparse) else sparse,
@@ -69,9 +71,8 @@ FAMILY = Family(
     },
     fixed={**FIXED, "attention_bias": (False,)},
     requires={"qk_layernorm": True},
-    computed=frozenset(
-        {"num_moe_experts", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq"}
-    ),
+    computed=WINDOW_SETTINGS
+    | {"num_moe_experts", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq"},
     reads=WINDOW
     | {
         *("num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_curr.convert.windows import FULL, SLIDING
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.recipe.model import Model
 
@@ -56,30 +57,52 @@ _WHY_NOT = {
 }
 
 
-def settle_rotations(config: Mapping[str, Any], *, stretched: Mapping[str, Any]) -> dict[str, Any]:
+def settle_rotations(
+    config: Mapping[str, Any], *, stretched: Mapping[str, Any], layers: str | None = None
+) -> dict[str, Any]:
     """The one mapping of rotations that a config means: ``rope_type``, ``rope_theta``, the rest.
 
     ``stretched`` is what transformers makes of the config: ``rope_parameters`` in version 5,
-    ``rope_theta`` and ``rope_scaling`` in 4. Raises ``CheckpointError`` where the places a config
-    may name them differ, or layers have rotations of their own.
+    ``rope_theta`` and ``rope_scaling`` in 4. With ``layers``, those of this kind of layers. Raises
+    ``CheckpointError`` where the places a config may name them differ, or, without, layers do.
     """
-    _refuse_contradictions(config)
+    _refuse_contradictions(config, layers=layers)
     rope = stretched.get("rope_parameters") or config.get("rope_parameters")
     if not rope:
         theta = stretched.get("rope_theta") or config.get("rotary_emb_base") or 10_000.0
         percent = stretched.get("rotary_pct", stretched.get("partial_rotary_factor"))
         rope = {"rope_theta": theta, **(stretched.get("rope_scaling") or {})}
         rope = rope if percent is None else {"partial_rotary_factor": percent, **rope}
-    rope = _of_every_layer(rope, layer_types=stretched.get("layer_types"))
+        if layers == SLIDING:  # in version 4 these are never stretched
+            rope = {"rope_theta": stretched.get("rope_local_base_freq") or theta}
+    elif layers == SLIDING and not rope.get(SLIDING):
+        rope = {"rope_theta": stretched.get("rope_local_base_freq") or rope.get("rope_theta")}
+    rope = _of_layers(rope, layers, layer_types=stretched.get("layer_types"))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rest = {key: value for key, value in rope.items() if key != "type" and value is not None}
     return {**rest, "rope_type": kind, "rope_theta": float(rope.get("rope_theta") or 10_000.0)}
 
 
-def _of_every_layer(
-    rope: Mapping[str, Any], *, layer_types: Sequence[str] | None
+def as_version_4(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` as the fields that version 4 of transformers has for them."""
+    rope = _of_layers(rope, FULL if FULL in rope else None)
+    beside = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    stretched = {name: value for name, value in rope.items() if name not in beside}
+    if config.get("rope_scaling") or _bare(rope) == {"rope_type": "default"}:
+        return beside
+    return {**beside, "rope_scaling": stretched}
+
+
+def _of_layers(
+    rope: Mapping[str, Any], layers: str | None, *, layer_types: Sequence[str] | None = None
 ) -> Mapping[str, Any]:
-    """The rotations themselves, where a config gives each kind of layer its own, if these agree."""
+    """The rotations of this kind of layers, where a config gives each kind its own.
+
+    Of all kinds, if these agree.
+    """
+    if layers is not None and isinstance(rope.get(layers), Mapping):
+        chosen: Mapping[str, Any] = rope[layers]
+        return chosen
     used = {name: of for name, of in rope.items() if isinstance(of, Mapping)}
     if layer_types:
         used = {name: of for name, of in used.items() if name in layer_types} or used
@@ -93,9 +116,17 @@ def _of_every_layer(
     return next(iter(used.values()))
 
 
-def _refuse_contradictions(config: Mapping[str, Any]) -> None:
+def _refuse_contradictions(config: Mapping[str, Any], *, layers: str | None) -> None:
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    new = _of_every_layer(new, layer_types=config.get("layer_types"))
+    new = _of_layers(new, layers, layer_types=config.get("layer_types"))
+    if layers == SLIDING:
+        theta, local = new.get("rope_theta"), config.get("rope_local_base_freq")
+        if theta is not None and local is not None and theta != local:
+            raise CheckpointError(
+                f"config.json: rope_local_base_freq is {local} and rope_parameters.{SLIDING} has "
+                f"{theta}; readers disagree which of the two counts: make them equal"
+            )
+        return
     for name, field in (
         ("rope_theta", "rope_theta"),
         ("rope_theta", "rotary_emb_base"),
@@ -168,6 +199,27 @@ def read_rotations(
     if float(factor) == 1:
         return settings
     return {**settings, **_READ[kind](rope, float(factor))}
+
+
+def read_window_rotations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of layers with a window, where they do not rotate as the others do."""
+    rope, others = config["rope_of_windows"], config["rope"]
+    layers = set(config["layer_types"])
+    if SLIDING not in layers or rope == others:
+        return {}
+    if rope["rope_type"] != "default":
+        raise CheckpointError(
+            f"config.json: rope_type {rope['rope_type']!r} of {SLIDING}; layers with a window "
+            "rotate plainly here"
+        )
+    # With no layer to tell apart, the others' rotations are nobody's.
+    return {"window_rotary_base": rope["rope_theta"]}
+
+
+def of_every_kind(model: Model, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` of a config that names them for every kind of layers."""
+    apart = {"rope_type": "default", "rope_theta": model.window_rotary_base}
+    return {FULL: rope, SLIDING: apart if model.window_rotary_base else rope}
 
 
 def _read_linear(rope: Mapping[str, Any], factor: float) -> dict[str, Any]:

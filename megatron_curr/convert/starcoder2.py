@@ -13,8 +13,8 @@ from megatron_curr.convert.llama import (
     TAIL,
     layer_entry,
 )
-from megatron_curr.convert.mistral import WINDOW, whole_window
 from megatron_curr.convert.qwen2 import plain_heads
+from megatron_curr.convert.windows import WINDOW, WINDOW_SETTINGS, read_window, write_window
 
 _LAYER = ("model.layers.{layer}.", "decoder.layers.{layer}.")
 
@@ -42,7 +42,8 @@ FAMILY = Family(
     },
     fixed={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
     requires={"normalization": "LayerNorm", "activation": "gelu_tanh", "linear_biases": "all"},
+    computed=WINDOW_SETTINGS,
     reads=WINDOW,
-    read=whole_window,
-    write=lambda model: {**plain_heads(model), "sliding_window": None},
+    read=read_window,
+    write=lambda model: {**plain_heads(model), **write_window(model)},
 )

@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_curr.parallel.context_attention import attention
@@ -56,8 +57,11 @@ class CoreAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert dropout == 0.0, "attention dropout is not offered: pretraining does without"
         assert not config.apply_query_key_layer_scaling and config.softmax_type == "vanilla"
-        assert config.window_size is None, "sliding windows are not offered"
         self.attn_mask_type = attn_mask_type
+        is_windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] + 1 if is_windowed else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.exchange = _exchange(config, cp_comm_type, pg_collection)
 
@@ -86,6 +90,7 @@ class CoreAttention(MegatronModule):
             document_ids_BS=attention_mask,
             num_tokens=num_tokens,
             is_causal=_MASKS[attn_mask_type or self.attn_mask_type],
+            window=self.window,
             exchange=self.exchange,
         )
         return out_SBNH.reshape(*out_SBNH.shape[:2], -1)

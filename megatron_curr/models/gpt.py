@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -58,6 +58,7 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
         "layernorm_zero_centered_gamma": model.layernorm_zero_centered_gamma,
         "rotary_interleaved": model.rotary_interleaved,
         "softmax_scale": model.softmax_scale,
+        **_windows(model),
         "no_rope_freq": [*map(int, model.unrotated_layers)] if model.no_rope_freq else None,
         # megatron-core sums gradients of these norms over tensor ranks; ours over all heads is cut.
         "qk_layernorm": model.qk_layernorm and model.qk_layernorm_over == "head",
@@ -71,6 +72,15 @@ def transformer_config(model: Model, *, parallel: Parallel, precision: str) -> T
     if model.yarn_scaling_factor is not None and not model.has_latent_attention:
         _set_yarn(config, model)
     return config
+
+
+def _windows(model: Model) -> dict[str, Any]:
+    if model.window_size is None:
+        return {}
+    return {
+        "window_size": (model.window_size - 1, 0),  # keys on either side of a query's own
+        "window_attn_skip_freq": [*map(int, model.windowed_layers)],
+    }
 
 
 def _set_yarn(config: TransformerConfig, model: Model) -> None:
@@ -106,8 +116,13 @@ def build_gpt(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=groups.pp_rank)
     block = TransformerBlockSubmodules(
         layer_specs=[
-            layer_spec(backend, model, has_experts=has_experts)
-            for has_experts in model.moe_layers[first : first + num_layers]
+            layer_spec(
+                backend,
+                model,
+                has_experts=model.moe_layers[layer],
+                is_windowed=model.windowed_layers[layer],
+            )
+            for layer in range(first, first + num_layers)
         ],
         layer_norm=backend.layer_norm(rms_norm=model.normalization == "RMSNorm"),
     )

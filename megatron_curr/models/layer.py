@@ -9,13 +9,15 @@ Legend: S sequence, B micro-batch, D hidden size, N query (or key) heads, H head
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer import ModuleSpec
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -49,7 +51,40 @@ class ParallelResidualLayer(TransformerLayer):
         return super()._forward_pre_mlp_layernorm(self._layer_input)
 
 
-def layer_spec(backend: BackendSpecProvider, model: Model, *, has_experts: bool) -> ModuleSpec:
+class RotatedApart(SelfAttention):
+    """Attention of a layer with a window, whose rotations are plain and of a base of their own."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        rotary_percent: float,
+        base: float,
+        **kwargs: Any,
+    ) -> None:
+        plain = copy(config)
+        for name in [name for name in vars(plain) if name.startswith("yarn_")]:
+            delattr(plain, name)  # megatron-core multiplies by YaRN's factor where it finds these
+        super().__init__(plain, *args, **kwargs)
+        self.rotations = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent,
+            rotary_interleaved=config.rotary_interleaved,
+            rotary_base=base,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As megatron-core's, whatever the other layers' ``rotary_pos_emb`` [S, 1, 1, H]."""
+        length = len(kwargs["rotary_pos_emb"]) * self.pg_collection.cp.size()
+        return super().forward(
+            hidden_states, *args, **{**kwargs, "rotary_pos_emb": self.rotations(length)}
+        )
+
+
+def layer_spec(
+    backend: BackendSpecProvider, model: Model, *, has_experts: bool, is_windowed: bool
+) -> ModuleSpec:
     """One transformer layer from the backend's modules; norms may be fused into linears."""
     fused_norm = _fused_norm(backend, model)
     into_layer = fused_norm or backend.column_parallel_linear()
@@ -72,7 +107,7 @@ def layer_spec(backend: BackendSpecProvider, model: Model, *, has_experts: bool)
             self_attention=(
                 latent_attention(backend, model)
                 if model.has_latent_attention
-                else _attention(backend, model, into_layer)
+                else _attention(backend, model, into_layer, is_windowed=is_windowed)
             ),
             self_attn_bda=get_bias_dropout_add,
             # The router and every expert read the norm's output: it is never fused.
@@ -88,16 +123,22 @@ def _fused_norm(backend: BackendSpecProvider, model: Model) -> type | None:
     return None if model.norm_position == "after" else backend.column_parallel_layer_norm_linear()
 
 
-def _attention(backend: BackendSpecProvider, model: Model, into_layer: type) -> ModuleSpec:
+def _attention(
+    backend: BackendSpecProvider, model: Model, into_layer: type, *, is_windowed: bool
+) -> ModuleSpec:
     norms: list[Any] = [IdentityOp, IdentityOp]
     if model.qk_layernorm and model.qk_layernorm_over == "head":
         norms = [backend.layer_norm(rms_norm=True, for_qk=True)] * 2
     elif model.qk_layernorm:
         heads = (model.num_attention_heads, model.num_query_groups)
         norms = [ModuleSpec(module=ProjectionNorm, params={"num_heads": n}) for n in heads]
+    module, params = SelfAttention, {"attn_mask_type": AttnMaskType.causal}
+    if is_windowed and model.window_rotary_base is not None:
+        module = RotatedApart
+        params |= {"rotary_percent": model.rotary_percent, "base": model.window_rotary_base}
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=module,
+        params=params,
         submodules=SelfAttentionSubmodules(
             linear_qkv=into_layer,
             core_attention=backend.core_attention(),

@@ -53,6 +53,7 @@ def attention(
     document_ids_BS: Tensor | None = None,
     num_tokens: int | None = None,
     is_causal: bool = True,
+    window: int | None = None,
     exchange: ContextExchange | None = None,
 ) -> Tensor:
     """Softmax attention, [S, B, N, V]; with ``exchange``, over the sequence of all its ranks.
@@ -61,9 +62,11 @@ def attention(
     tokens with its own id. Ids need not be ordered or consecutive, but tiles of the score matrix
     are skipped by their least and greatest ids, so ordered ones save most. In full attention, what
     comes after the first ``num_tokens`` of the whole sequence is padding that nothing attends to.
+    With a ``window``, for causal attention, a token sees that many, itself included.
     """
     assert num_tokens is None or (document_ids_BS is None and not is_causal)
-    if exchange is None and document_ids_BS is None:
+    assert window is None or is_causal
+    if exchange is None and document_ids_BS is None and window is None:
         k_SBGH, v_SBGV = k_SBGH[:num_tokens], v_SBGV[:num_tokens]
         return _on_one_rank(
             q_SBNH, k_SBGH, v_SBGV, softmax_scale=softmax_scale, is_causal=is_causal
@@ -76,6 +79,9 @@ def attention(
         is_causal=is_causal,
         document_ids_BS=document_ids_BS,
         num_tokens=num_tokens,
+        window=window,
+        # Past the all-to-all a rank holds the sequence of the ring's ranks alone.
+        seq_length=len(q_SBNH) * exchange.blocks_size * exchange.all_to_all_size,
     )
     # Keys and values side by side are one message, and free the projection they are slices of.
     kv_SBGU = torch.cat([k_SBGH, v_SBGV], dim=-1)

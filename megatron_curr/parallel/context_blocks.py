@@ -21,7 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_curr.parallel.context_split import count_before, split_sequence
+from megatron_curr.parallel.context_split import (
+    count_before,
+    local_positions,
+    split_sequence,
+)
 
 TILE_LENGTH = 256
 
@@ -34,6 +38,12 @@ class Block:
     keys: slice
     is_causal: bool
     crosses_documents: bool = False
+    crosses_window: bool = False
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some of its scores do not count, but for the causal mask."""
+        return self.crosses_documents or self.crosses_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +51,9 @@ class Deal:
     """Which scores a rank computes: its queries against the keys of each source rank.
 
     ``document_ids_BS`` covers the whole sequence and is dealt as the sequence is. Of full attention
-    only the first ``num_tokens`` keys of the whole sequence count; the rest is padding.
+    only the first ``num_tokens`` keys of the whole sequence count; the rest is padding. Of causal
+    attention with a ``window`` a query sees that many keys of the whole sequence's
+    ``seq_length``, its own included.
     """
 
     rank: int
@@ -50,6 +62,8 @@ class Deal:
     is_causal: bool
     document_ids_BS: Tensor | None
     num_tokens: int | None = None
+    window: int | None = None
+    seq_length: int | None = None
 
     def block(self, source: int, *, length: int) -> Block:
         """The scores of this rank's queries against one rank's keys, each ``length`` long.
@@ -122,10 +136,11 @@ def attend(
     scale = deal.softmax_scale
     for block in _blocks(q_XRSH, v_XTV, deal=deal, source=source):
         q, k, v = q_XRSH[:, :, block.queries], k_XTH[:, block.keys], v_XTV[:, block.keys]
-        if _is_fusible(q, v) and not block.crosses_documents:
+        if _is_fusible(q, v) and not block.is_masked:
             out, lse = _fused(q, k, v, is_causal=block.is_causal, scale=scale)
         else:
-            out, lse = _written_out(q, k, v, scale=scale, hidden=_hidden(block, q, deal, source))
+            hidden = _hidden(block, q, deal, source)
+            out, lse = _written_out(q, k, v, scale=scale, hidden=hidden)
         into.add(block.queries, out, lse)
 
 
@@ -150,7 +165,7 @@ def attend_backward(
     for block in _blocks(q_XRSH, v_XTV, deal=deal, source=source):
         q, k, v = q_XRSH[:, :, block.queries], k_XTH[:, block.keys], v_XTV[:, block.keys]
         dout, out, lse = (x[:, :, block.queries] for x in attended)
-        if _is_fusible(q, v) and not block.crosses_documents:
+        if _is_fusible(q, v) and not block.is_masked:
             dq, dk, dv = _fused_backward(
                 q, k, v, dout=dout, out=out, lse=lse, is_causal=block.is_causal, scale=scale
             )
@@ -173,28 +188,47 @@ def _blocks(q_XRSH: Tensor, v_XTV: Tensor, *, deal: Deal, source: int) -> Iterat
     is_fusible = _is_fusible(q_XRSH, v_XTV)
     ids, key_ids = deal.ids_of(deal.rank), deal.ids_of(source)
     if ids is None or key_ids is None:
-        if is_fusible:
+        if is_fusible and deal.window is None:
             yield block
             return
         ids = key_ids = torch.zeros((1, q_XRSH.shape[2]), dtype=torch.int64)
-    runs = _tiles(block, ids[:, block.queries], key_ids[:, block.keys])
+    runs = _tiles(block, ids[:, block.queries], key_ids[:, block.keys], deal=deal, source=source)
     yield from _joined(runs) if is_fusible else runs
 
 
-def _tiles(block: Block, ids_BS: Tensor, ids_BT: Tensor) -> Iterator[Block]:
+def _tiles(
+    block: Block, ids_BS: Tensor, ids_BT: Tensor, *, deal: Deal, source: int
+) -> Iterator[Block]:
     """Tiles with a score in them, by rows. Ids may come in any order: bounds decide, cautiously."""
     (low, high), (key_low, key_high) = _bounds(ids_BS), _bounds(ids_BT)
     apart = ((low[:, None] > key_high) | (key_low > high[:, None])).all(-1)
     alike = ((low == high)[:, None] & (key_low == key_high) & (low[:, None] == key_low)).all(-1)
     visible = (~apart).tril() if block.is_causal else ~apart
-    alike = alike.tolist()
+    crossed = torch.zeros_like(visible)
+    if deal.window is not None:
+        places_S, places_T = _places(block, deal, source)
+        (first, last), (key_first, key_last) = _bounds(places_S[None]), _bounds(places_T[None])
+        visible &= first - key_last.T < deal.window
+        crossed = last - key_first.T >= deal.window
+    alike, crossed = alike.tolist(), crossed.tolist()
     for row, column in visible.nonzero().tolist():
         yield Block(
             _tile(row, block.queries),
             _tile(column, block.keys),
             is_causal=block.is_causal and row == column,
             crosses_documents=not alike[row][column],
+            crosses_window=crossed[row][column],
         )
+
+
+def _places(block: Block, deal: Deal, source: int) -> tuple[Tensor, Tensor]:
+    """Where in the whole sequence the block's queries and its keys are."""
+    assert deal.seq_length is not None
+    queries, keys = (
+        local_positions(deal.seq_length, cp_rank=rank, cp_size=deal.size)
+        for rank in (deal.rank, source)
+    )
+    return queries[block.queries], keys[block.keys]
 
 
 def _tile(index: int, within: slice) -> slice:
@@ -213,7 +247,7 @@ def _joined(tiles: Iterator[Block]) -> Iterator[Block]:
     """Neighbours along the keys as one block where neither has a mask."""
     run: Block | None = None
     for tile in tiles:
-        is_plain = not (tile.is_causal or tile.crosses_documents)
+        is_plain = not (tile.is_causal or tile.is_masked)
         if run and is_plain and run.queries == tile.queries and run.keys.stop == tile.keys.start:
             run = replace(run, keys=slice(run.keys.start, tile.keys.stop))
             continue
@@ -241,6 +275,10 @@ def _hidden(block: Block, q_XRSH: Tensor, deal: Deal, source: int) -> Tensor | N
         num_groups = q_XRSH.shape[0] // other_BST.shape[0]
         other = other_BST.to(q_XRSH.device).repeat_interleave(num_groups, dim=0)[:, None]
         hidden = other if hidden is None else hidden | other
+    if block.crosses_window:
+        places_S, places_T = _places(block, deal, source)
+        beyond = (places_S[:, None] - places_T >= deal.window).to(q_XRSH.device)[None, None]
+        hidden = beyond if hidden is None else hidden | beyond
     return hidden
 
 

@@ -31,6 +31,10 @@ class ContextExchange:
     def blocks_size(self) -> int:
         return self.blocks_group.size() if self.blocks_group else 1
 
+    @property
+    def all_to_all_size(self) -> int:
+        return self.all_to_all_group.size() if self.all_to_all_group else 1
+
 
 def build_exchange(
     kind: ContextParallelExchange,

@@ -13,6 +13,7 @@ from megatron_curr.plan.activations import (
     loss_bytes,
 )
 from megatron_curr.plan.flops import (
+    keys_of_layer,
     layer_flops_per_token,
     output_flops_per_token,
     recomputed_flops_per_token,
@@ -77,8 +78,11 @@ def layer_forward_flops(batch: MicroBatch, layer: int, *, keys_per_token: float)
     """Of one token in one layer."""
     model = batch.model
     if isinstance(model, Model):
+        keys = keys_of_layer(
+            model, layer, keys_per_token=keys_per_token, seq_length=batch.seq_length
+        )
         return layer_flops_per_token(
-            model, has_experts=batch.has_experts(layer), keys_per_token=keys_per_token
+            model, has_experts=batch.has_experts(layer), keys_per_token=keys
         )
     clip = layer_flops(model, tokens=batch.seq_length, text_tokens=model.max_text_tokens)
     return clip / batch.seq_length

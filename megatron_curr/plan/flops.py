@@ -10,6 +10,8 @@ al. 2021, arXiv:2104.04473, appendix; Chowdhery et al. 2022 (PaLM), arXiv:2204.0
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +31,20 @@ BACKWARD = 2  # the backward pass, in forward passes
 def causal_keys(seq_length: int) -> float:
     """Keys that a token of a window sees on average when it sees itself and all before it."""
     return (seq_length + 1) / 2
+
+
+def keys_in_window(window: int, seq_length: int) -> float:
+    """Keys that a token sees on average where it sees ``window`` of them, its own included."""
+    window = min(window, seq_length)
+    return window - window * (window - 1) / (2 * seq_length)
+
+
+def keys_of_layer(model: Model, layer: int, *, keys_per_token: float, seq_length: int) -> float:
+    """Keys that a token sees on average in one layer, which may have a window."""
+    if not model.windowed_layers[layer]:
+        return keys_per_token
+    assert model.window_size is not None
+    return min(keys_per_token, keys_in_window(model.window_size, seq_length))
 
 
 def keys_in_documents(document_tokens: Ints, seq_length: int) -> float:
@@ -99,11 +115,12 @@ def model_flops_per_token(
     (``keys_in_documents``) where attention stays inside them.
     """
     keys = causal_keys(seq_length) if keys_per_token is None else keys_per_token
-    sparse = sum(model.moe_layers)
     forward = output_flops_per_token(model, vocab_size=vocab_size)
-    for has_experts, count in ((True, sparse), (False, model.num_layers - sparse)):
-        if count:
-            forward += count * layer_flops_per_token(
-                model, has_experts=has_experts, keys_per_token=keys
-            )
+    alike = Counter(zip(model.moe_layers, model.windowed_layers, strict=True))
+    for (has_experts, is_windowed), count in alike.items():
+        layer = model.windowed_layers.index(is_windowed)
+        seen = keys_of_layer(model, layer, keys_per_token=keys, seq_length=seq_length)
+        forward += count * layer_flops_per_token(
+            model, has_experts=has_experts, keys_per_token=seen
+        )
     return (1 + BACKWARD) * forward

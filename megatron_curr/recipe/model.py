@@ -105,6 +105,20 @@ class Model(Section):
     residual_multiplier: float = Field(
         1.0, gt=0, description="What attention's and MLP's outputs are, before they are added"
     )
+    window_size: int | None = Field(
+        None, gt=0, description="Tokens that a token sees, itself included; default: all before it"
+    )
+    window_attn_skip_freq: Annotated[int, Field(gt=0)] | list[Literal[0, 1]] | None = Field(
+        None,
+        description="Every n-th layer has no window; or 0 and 1, which has one, for each layer; "
+        "default: all have",
+    )
+    window_rotary_base: float | None = Field(
+        None,
+        gt=0,
+        description="Layers with a window rotate by this base, and are not stretched; default: as "
+        "the others",
+    )
     softmax_scale: float | None = Field(
         None, gt=0, description="What attention's scores are; default: 1 / sqrt(kv_channels)"
     )
@@ -184,6 +198,16 @@ class Model(Section):
             return tuple(map(bool, self.no_rope_freq))
         every = self.no_rope_freq or self.num_layers + 1
         return tuple((layer + 1) % every == 0 for layer in range(self.num_layers))
+
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """For every layer, whether its attention has a window."""
+        if self.window_size is None:
+            return (False,) * self.num_layers
+        if isinstance(self.window_attn_skip_freq, list):
+            return tuple(map(bool, self.window_attn_skip_freq))
+        every = self.window_attn_skip_freq or self.num_layers + 1
+        return tuple((layer + 1) % every != 0 for layer in range(self.num_layers))
 
     @property
     def is_gated(self) -> bool:

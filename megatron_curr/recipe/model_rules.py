@@ -59,12 +59,17 @@ def combinations(model: Model) -> Iterator[Problem]:
             f"found {model.rotary_percent}; rotates {rotated:g} of {model.kv_channels} dims of a "
             "head, which must be an even number",
         )
-    if isinstance(model.no_rope_freq, list) and len(model.no_rope_freq) != model.num_layers:
-        yield Problem(
-            ("model", "no_rope_freq"),
-            f"lists {len(model.no_rope_freq)} layers of {model.num_layers}; give a 1 or 0 for "
-            "each, or a number",
-        )
+    for name in ("no_rope_freq", "window_attn_skip_freq"):
+        layers = getattr(model, name)
+        if isinstance(layers, list) and len(layers) != model.num_layers:
+            yield Problem(
+                ("model", name),
+                f"lists {len(layers)} layers of {model.num_layers}; give a 1 or 0 for each, or a "
+                "number",
+            )
+    for name in ("window_attn_skip_freq", "window_rotary_base"):
+        if getattr(model, name) is not None and model.window_size is None:
+            yield Problem(("model", name), "is for layers with a window; set window_size as well")
     yield from _stretched_rotations(model)
     yield from _latent(model)
 
@@ -100,6 +105,7 @@ def _latent(model: Model) -> Iterator[Problem]:
         "rotary_interleaved": False,
         "no_rope_freq": None,
         "softmax_scale": None,
+        "window_size": None,
     }
     yield from _must_be(model, plain, because="kv_lora_rank")
 

@@ -82,11 +82,6 @@ def test_an_absent_field_is_the_default_of_transformers(family: Family, tmp_path
 
     fields = class_fields(family)
     bare = {"architectures": [family.architecture], "model_type": family.model_type}
-    if fields.get("sliding_window"):  # a window that nobody wrote down is a window
-        is_used = "use_sliding_window" not in fields
-        if is_used and fields["sliding_window"] < fields["max_position_embeddings"]:
-            assert f"sliding_window {fields['sliding_window']} is shorter" in model(bare)
-        bare["sliding_window"] = None
     bare |= required(family)
     whole = model(bare)
     assert isinstance(whole, dict), whole
@@ -99,7 +94,7 @@ def test_the_defaults_are_those_of_the_class_and_not_ours(tmp_path: Path) -> Non
     from megatron_curr.convert.hf_config import model_of, read_config
 
     def model(family: Family) -> Any:
-        bare = {"architectures": [family.architecture], "sliding_window": None, **required(family)}
+        bare = {"architectures": [family.architecture], **required(family)}
         (tmp_path / "config.json").write_text(json.dumps(bare))
         return model_of(read_config(tmp_path), family)
 
@@ -107,6 +102,7 @@ def test_the_defaults_are_those_of_the_class_and_not_ours(tmp_path: Path) -> Non
     assert models["qwen2"].layernorm_epsilon == 1e-6
     assert models["mistral"].num_query_groups == 8
     assert models["qwen3"].kv_channels == 128
+    assert models["mistral"].window_size == 4096
     assert models["mixtral"].rotary_base == 1e6
     assert models["mixtral"].num_moe_experts == 8
     assert models["gpt_neox"].rotary_percent == 0.25

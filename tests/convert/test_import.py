@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_curr.cli import main
-from megatron_curr.convert.hf_config import FAMILIES, REFUSED
+from megatron_curr.convert.hf_config import FAMILIES
+from megatron_curr.convert.refused import REFUSED
 from megatron_curr.convert.run_conversion import run_conversion
 from megatron_curr.convert.source import open_source
 from megatron_curr.errors import CheckpointError, RecipeError
@@ -190,12 +191,11 @@ def test_a_config_that_the_table_does_not_cover_is_named(
     assert told in refusal(llama)
 
 
-def test_a_short_window_is_refused_with_the_way_out(published: Path, tmp_path: Path) -> None:
+def test_a_window_comes_along_unless_no_text_is_longer(published: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(published / "mistral", tmp_path / "mistral")
-    change_config(folder, sliding_window=32)
-    assert "set max_position_embeddings to 32" in refusal(folder)
-    change_config(folder, max_position_embeddings=32)
-    run_conversion(folder, tmp_path / "checkpoint", verify=False)
+    assert open_source(folder).model.window_size == 5
+    change_config(folder, max_position_embeddings=5)
+    assert open_source(folder).model.window_size is None
 
 
 def test_a_target_with_content_is_kept(llama: Path, tmp_path: Path) -> None:

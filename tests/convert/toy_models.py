@@ -65,9 +65,38 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3_1": ("llama", {**_PLAIN, "rope_parameters": _LLAMA_3_1, "head_dim": 16}),
     "qwen2": ("qwen2", {**_PLAIN, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_PLAIN, "head_dim": 16}),
-    "mistral": ("mistral", {**_PLAIN, "sliding_window": None, "head_dim": 8}),
+    "mistral": ("mistral", {**_PLAIN, "sliding_window": 5, "head_dim": 8}),
     "olmo2": ("olmo2", _PLAIN),
-    "olmo3": ("olmo3", {**_PLAIN, "sliding_window": 64}),
+    "olmo3": (
+        "olmo3",
+        {
+            **{**_PLAIN, "sliding_window": 5},
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    **{"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0},
+                    **{"original_max_position_embeddings": 8, "beta_fast": 32.0, "beta_slow": 1.0},
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "gemma": ("gemma", {**_PLAIN, "head_dim": 16}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **{**_PLAIN, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 5},
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "windows": (
+        "qwen2",
+        {**_PLAIN, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "phi3": (
         "phi3",
         {

@@ -42,6 +42,16 @@ VARIANTS = {
         "rotary_percent": 0.5,
         "no_rope_freq": 2,
     },
+    "gemma3": {
+        "window_size": 9,
+        "window_attn_skip_freq": 3,
+        "window_rotary_base": 100.0,
+        "layernorm_zero_centered_gamma": True,
+        "qk_layernorm": True,
+        "yarn_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 32,
+        "activation": "geglu_tanh",
+    },
     "nemotron": {
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,

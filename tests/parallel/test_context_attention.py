@@ -42,7 +42,13 @@ ONE_GROUP = Shape(6, 1, 24, 24)
 
 
 def written_out(
-    q_SBNH: Tensor, k_SBGH: Tensor, v_SBGV: Tensor, *, causal: bool, documents_BS: Tensor | None
+    q_SBNH: Tensor,
+    k_SBGH: Tensor,
+    v_SBGV: Tensor,
+    *,
+    causal: bool,
+    documents_BS: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
     repeats = q_SBNH.shape[2] // k_SBGH.shape[2]
     k_SBNH, v_SBNV = (x.repeat_interleave(repeats, dim=2) for x in (k_SBGH, v_SBGV))
@@ -52,6 +58,8 @@ def written_out(
     hidden = torch.zeros(batch, 1, length, length, dtype=torch.bool)
     if causal:
         hidden = hidden | (positions[:, None] < positions)
+    if window is not None:
+        hidden = hidden | (positions[:, None] - positions >= window)
     if documents_BS is not None:
         hidden = hidden | (documents_BS[:, None, :, None] != documents_BS[:, None, None, :])
     weights_BNST = scores_BNST.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -97,12 +105,13 @@ def equals_written_out(rank: int, tile_length: int, shapes: dict[str, Shape]) ->
         return split_sequence(whole, cp_rank=rank, cp_size=cp_size, dim=0)
 
     every = exchanges(rank, cp_size)
-    for shape, causal, documents in product(
-        shapes.values(), (True, False), (None, some_documents())
+    kinds = ((True, None), (False, None), (True, 9))
+    for shape, (causal, window), documents in product(
+        shapes.values(), kinds, (None, some_documents())
     ):
         *whole, out_gradient = inputs(shape)
         leaves = [x.requires_grad_() for x in whole]
-        expected = written_out(*leaves, causal=causal, documents_BS=documents)
+        expected = written_out(*leaves, causal=causal, documents_BS=documents, window=window)
         expected_gradients = torch.autograd.grad(expected, leaves, out_gradient)
         for name, exchange in every.items():
             if name.startswith("a2a") and shape.groups % cp_size:
@@ -113,6 +122,7 @@ def equals_written_out(rank: int, tile_length: int, shapes: dict[str, Shape]) ->
                 softmax_scale=SCALE,
                 document_ids_BS=documents,
                 is_causal=causal,
+                window=window,
                 exchange=exchange,
             )
             gradients = torch.autograd.grad(out, local, part(out_gradient))
@@ -120,7 +130,7 @@ def equals_written_out(rank: int, tile_length: int, shapes: dict[str, Shape]) ->
                 (out, *gradients), (expected, *expected_gradients), strict=True
             ):
                 error = (ours - part(theirs)).abs().max().item()
-                assert error < TOLERANCE, (name, shape, causal, documents is None, error)
+                assert error < TOLERANCE, (name, shape, causal, window, documents is None, error)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])

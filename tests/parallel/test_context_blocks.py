@@ -19,7 +19,7 @@ def blocks_of(deal: Deal, source: int, *, join: bool) -> list[Block]:
     if ids is None or key_ids is None:
         return [block]
     assert block.queries.start is not None
-    tiles = _tiles(block, ids[:, block.queries], key_ids[:, block.keys])
+    tiles = _tiles(block, ids[:, block.queries], key_ids[:, block.keys], deal=deal, source=source)
     return list(_joined(tiles) if join else tiles)
 
 
@@ -71,6 +71,20 @@ def test_tiles_of_other_documents_are_skipped(monkeypatch: pytest.MonkeyPatch) -
     blocks = blocks_of(deal, 0, join=True)
     assert len(blocks) == LENGTH // 8
     assert all(block.is_causal and not block.crosses_documents for block in blocks)
+
+
+def test_tiles_beyond_the_window_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_blocks, "TILE_LENGTH", 8)
+    deal = Deal(
+        **{"rank": 0, "size": 1, "softmax_scale": 1.0, "is_causal": True},
+        document_ids_BS=torch.zeros((1, LENGTH), dtype=torch.int64),
+        window=9,
+        seq_length=LENGTH,
+    )
+    blocks = blocks_of(deal, 0, join=False)
+    # A tile sees itself, whole, and the one before, in part.
+    assert len(blocks) == 2 * (LENGTH // 8) - 1
+    assert all(block.crosses_window == (not block.is_causal) for block in blocks)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
