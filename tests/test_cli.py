@@ -97,13 +97,13 @@ def test_verbs_that_write_say_where_they_may_not(
         writer.add_document(range(9))
     (tmp_path / "text.jsonl").write_text("\n".join(f'{{"text": "word {n}"}}' for n in range(999)))
     (tmp_path / "file").touch()
-    for verb, given, output in (
-        ("merge-shards", tmp_path / "shards", tmp_path / "file" / "merged"),
-        ("split-shards", tmp_path / "shards", Path("/proc/none")),
-        ("train-tokenizer", tmp_path / "text.jsonl", tmp_path / "file" / "tokenizer.model"),
+    shards, text, below = tmp_path / "shards", tmp_path / "text.jsonl", tmp_path / "file"
+    for verb, given, output, *options in (
+        ("merge-shards", shards, below / "merged"),
+        ("split-shards", shards, Path("/proc/none"), "--shard-tokens", "5"),
+        ("train-tokenizer", text, below / "tokenizer", "--kind", "bpe", "--vocab-size", "300"),
     ):
-        size = ["--shard-tokens", "5"] if verb == "split-shards" else []
-        assert main([verb, str(given), "--output", str(output), *size]) == 2
+        assert main([verb, str(given), "--output", str(output), *options]) == 2
         told = capsys.readouterr().err
         assert told.startswith(f"error: {output.parent}") and "another" in told, verb
 

@@ -1,8 +1,9 @@
-"""``megatron-curr status``: what is known of a run, from its folder and from Slurm."""
+"""``megatron-curr status``: what is known of a run, from its folder and the Slurm that runs it."""
 
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from megatron_curr.curriculum.lots import planner_of
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.incarnation.accounts import read_accounts
 from megatron_curr.incarnation.conclude import judge
-from megatron_curr.incarnation.record import Record, incarnations
+from megatron_curr.incarnation.record import Claim, Incarnation, Record, incarnations
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.units import format_count, format_duration
@@ -31,6 +32,10 @@ _TAIL_BYTES = 1 << 18
 _RECENT_STEPS = 50
 _LOSSES = {"train/loss_nats_per_token": "nats/token", "train/flow_mse": "squared error"}
 _WATCH_EVERY_S = 5.0
+_SILENT_FOR_S = 30.0  # signs of life come every two seconds
+_NO_LOSS = "none: nothing counted in the last step, or it was not finite"
+RUNNING = "running"
+_WANTED = ("stop-at", "signal", "interrupted")  # causes that somebody asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,8 @@ def read_status(run_folder: Path) -> Status:
     known = incarnations(run_folder)
     records = [record for i in known if (record := i.record or judge(run_folder, i))]
     ended = [i.record for i in known if i.record]
-    jobs, says = _jobs(run_folder)
+    is_of_slurm = (run_folder / "slurm").is_dir() or any(i.claim and i.claim.job_id for i in known)
+    jobs, says = _jobs(run_folder) if is_of_slurm else ([], "")
     told = events(run_folder)
     rows = _last_steps(folder.metrics)
     loss, loss_unit = next(
@@ -87,8 +93,10 @@ def read_status(run_folder: Path) -> Status:
     accounts = read_accounts(run_folder)
     return Status(
         run_folder=str(run_folder),
-        state=_state(
-            jobs, says, known[-1].record if known else None, told, submissions(run_folder)
+        state=(
+            _state(jobs, says, known[-1].record if known else None, told, submissions(run_folder))
+            if is_of_slurm
+            else _state_here(folder, known[-1] if known else None)
         ),
         jobs=jobs,
         nodes=list(records[-1].nodes) if records else [],
@@ -152,6 +160,33 @@ def _state(
     return f"no job{last}" + ("" if newest is None else "; submit again to go on")
 
 
+def _state_here(folder: RunFolder, newest: Incarnation | None) -> str:
+    """One sentence on a run that ``train`` has started, without Slurm."""
+    claim = newest.claim if newest is not None else None
+    if newest is None or claim is None:
+        return "not started"
+    record = newest.record
+    if record is None and _lives(folder, newest, claim):
+        return f"{RUNNING}: pid {claim.pid} on {claim.host}, {claim.num_ranks} ranks"
+    record = record or judge(folder.path, newest)
+    assert record is not None, "there is a claim"
+    if record.verdict == "finished":
+        return "finished"
+    how = "stopped" if record.cause.partition(":")[0] in _WANTED else "failed"
+    return f"{how}: {record.detail}; to go on: {folder.resume_command(claim.num_ranks)}"
+
+
+def _lives(folder: RunFolder, newest: Incarnation, claim: Claim) -> bool:
+    """Whether its lock is held, or, where locks of other hosts may not be seen, it shows life."""
+    if claim.host != socket.gethostname():
+        return time.time() - (newest.folder / "alive").stat().st_mtime < _SILENT_FOR_S
+    try:
+        folder.check_free()
+    except CheckpointError:
+        return True
+    return False
+
+
 def _last_steps(metrics: Path) -> list[dict[str, Any]]:
     """The newest rows of steps, oldest first; only the end of the file is read."""
     try:
@@ -191,9 +226,10 @@ def lines_of(status: Status) -> Iterator[tuple[str, str]]:
         "progress",
         f"{format_count(status.consumed_tokens)}{share} tokens, step {status.step}{phase}",
     )
-    if status.tokens_per_s and status.loss is not None:
+    if status.tokens_per_s:
         yield "speed", f"{format_count(round(status.tokens_per_s))} tokens/s"
-        yield "loss", f"{status.loss:.4f} {status.loss_unit}"
+        is_known = status.loss is not None
+        yield "loss", f"{status.loss:.4f} {status.loss_unit}" if is_known else _NO_LOSS
     if status.eta_s:
         yield "to go", f"{format_duration(status.eta_s)} at this speed"
     if status.last_row_s:
@@ -229,7 +265,7 @@ def show_status(run_folder: Path, *, watch: bool, as_json: bool) -> None:
             if watch and console.is_terminal:
                 console.clear()
             console.print(_table(status))
-        if not watch or not status.jobs:
+        if not watch or not (status.jobs or status.state.startswith(RUNNING)):
             return
         time.sleep(_WATCH_EVERY_S)
 

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from megatron_curr.curriculum.planner import Planner
 from megatron_curr.curriculum.schedule import Edition, Schedule, build_schedule
 from megatron_curr.errors import CheckpointError
+from megatron_curr.recipe.load import AnyRecipe
 from megatron_curr.recipe.phases import Curriculum
 from megatron_curr.recipe.video_phases import VideoCurriculum
 
@@ -113,6 +114,15 @@ def amendments(ledger: Sequence[Entry]) -> list[Entry]:
             held = [known for known in held if known.edition.from_tokens <= first]
             held.append(entry)
     return held
+
+
+def recipe_after(recipe: AnyRecipe, ledger: Sequence[Entry]) -> AnyRecipe:
+    """The recipe with the curriculum and the sources that the ledger ends with."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    values["curriculum"] = ledger[-1].edition.curriculum.model_dump(mode="json", by_alias=True)
+    for entry in ledger:
+        values["data"]["sources"].update(entry.sources or {})
+    return type(recipe).model_validate(values)
 
 
 def ledger_schedule(ledger: Sequence[Entry], planner: Planner | None = None) -> Schedule:

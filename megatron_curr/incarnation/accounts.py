@@ -16,7 +16,7 @@ class Accounts:
 
     records: tuple[Record, ...]
     times_s: dict[str, float]
-    wall_s: float  # from the first submission (or launch) to the last end
+    wall_s: float  # waiting in queues and running; not idle between an end and the next start
     lost_s: float  # steps taken again, because a checkpoint did not hold them
     lost_tokens: int
 

@@ -141,14 +141,19 @@ def _times(
     run_folder: Path, number: int, claim: Claim, beat: Beat, ended_at_s: float
 ) -> dict[str, float]:
     before = [i.record for i in incarnations(run_folder) if i.number < number]
-    ends = [record.ended_at_s for record in before if record is not None]
-    free_at_s = max([claim.submitted_at_s or 0.0, *ends])
+    records = [record for record in before if record is not None]
+    asked_s = claim.submitted_at_s
+    if asked_s is None:  # nothing waited in a queue, unless Slurm has put the job back into it
+        is_requeued = bool(records) and records[-1].chain == claim.chain
+        asked_s = records[-1].ended_at_s if is_requeued else claim.launched_at_s
+    last_end_s = max((record.ended_at_s for record in records), default=asked_s)
     times_s = {
-        "queue": max(claim.launched_at_s - free_at_s, 0.0) if free_at_s else 0.0,
+        "idle": max(asked_s - last_end_s, 0.0),
+        "queue": max(claim.launched_at_s - max(asked_s, last_end_s), 0.0),
         "launch": max(claim.started_at_s - claim.launched_at_s, 0.0),
         **beat.times_s,
     }
-    told_s = sum(value for name, value in times_s.items() if name not in ("queue", "other"))
+    told_s = sum(value for name, value in times_s.items() if name not in ("idle", "queue", "other"))
     times_s["other"] = max(ended_at_s - claim.launched_at_s - told_s, 0.0)
     return {name: round(value, 3) for name, value in times_s.items()}
 

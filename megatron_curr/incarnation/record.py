@@ -30,6 +30,7 @@ CAUSES: dict[str, tuple[Verdict, str]] = {
 }
 
 TIMES = {
+    "idle": "after an end, until somebody took the run up again; no part of the wall clock",
     "queue": "from the submission, or the end of the incarnation before, to the launch",
     "launch": "from the launch of the ranks to the start of rank 0's program",
     "imports": "rank 0's program until it can train: imports, reading recipe and data",

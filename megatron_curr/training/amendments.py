@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from megatron_curr.curriculum.ledger import Entry, hold_ledger, parse_ledger
+from megatron_curr.curriculum.ledger import Entry, hold_ledger, parse_ledger, recipe_after
 from megatron_curr.curriculum.schedule import StepPlan
 from megatron_curr.training.amend import HORIZON
 from megatron_curr.training.hooks import Quiet
 from megatron_curr.training.preflight import Prepared, prepare
 from megatron_curr.training.run import Run
-from megatron_curr.training.run_folder import RunFolder, recipe_after
+from megatron_curr.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

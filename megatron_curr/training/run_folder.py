@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megatron_curr.curriculum.ledger import Entry, hold_ledger, open_ledger, read_ledger
+from megatron_curr.curriculum.ledger import (
+    Entry,
+    hold_ledger,
+    open_ledger,
+    read_ledger,
+    recipe_after,
+)
 from megatron_curr.data.identity import FILE_NAME as DATA_FILE
 from megatron_curr.data.identity import (
     Files,
@@ -245,15 +251,6 @@ class RunFolder:
             return
         with lock.open("r") as stream:
             _seize(stream.fileno(), lock)
-
-
-def recipe_after(recipe: AnyRecipe, ledger: Sequence[Entry]) -> AnyRecipe:
-    """The recipe with the curriculum and the sources that the ledger ends with."""
-    values = recipe.model_dump(mode="json", by_alias=True)
-    values["curriculum"] = ledger[-1].edition.curriculum.model_dump(mode="json", by_alias=True)
-    for entry in ledger:
-        values["data"]["sources"].update(entry.sources or {})
-    return type(recipe).model_validate(values)
 
 
 class RunLock:

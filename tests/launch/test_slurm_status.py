@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import pytest
 from launch.slurm.status import lines_of, read_status
 from launch.slurm.submission import Submission, tell
 from megatron_curr.errors import CheckpointError
+from megatron_curr.incarnation.conclude import conclude
+from megatron_curr.training.run_folder import RunFolder
+from tests.incarnation.lives import an_ending, claimed
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +86,30 @@ def test_a_chain_that_stopped_says_why(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run here; give the run folder"):
         read_status(tmp_path)
+
+
+def test_a_run_without_slurm_says_how_it_is_and_how_to_go_on(tmp_path: Path) -> None:
+    """``PATH`` holds no squeue, and nothing of the answer speaks of one."""
+    write_rows(tmp_path, steps=3)
+    (tmp_path / "recipe.yaml").touch()
+    assert read_status(tmp_path).state == "not started"
+    own = {"host": socket.gethostname(), "job_id": None, "num_ranks": 2}
+    incarnation = claimed(tmp_path, **own)
+    with RunFolder(tmp_path).lock():
+        assert (
+            read_status(tmp_path).state == f"running: pid {os.getpid()} on {own['host']}, 2 ranks"
+        )
+    go_on = f"to go on: megatron-curr train {tmp_path} --ranks 2"
+    assert read_status(tmp_path).state == (
+        f"failed: all ranks ended before the first step without a word; {go_on}"
+    )
+    incarnation.leave_word(an_ending(0, "stop-at", detail="--stop-at 300: saved at token 300"))
+    conclude(tmp_path)
+    assert read_status(tmp_path).state == f"stopped: --stop-at 300: saved at token 300; {go_on}"
+    claimed(tmp_path, **own).leave_word(an_ending(0, "complete"))
+    conclude(tmp_path)
+    assert read_status(tmp_path).state == "finished"
+    elsewhere = claimed(tmp_path, host="node7", job_id=None)
+    assert read_status(tmp_path).state.startswith("running: pid")
+    os.utime(elsewhere.folder / "alive", (0, 0))
+    assert read_status(tmp_path).state.startswith("failed: all ranks ended")
