@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from megatron_curr.cli import main
 from megatron_curr.errors import CheckpointError
-from megatron_curr.recipe.load import load_recipe
+from megatron_curr.recipe.load import dump_recipe, load_recipe
+from megatron_curr.report.build import build_report
 from megatron_curr.training.parity import differences
 from megatron_curr.training.parity_verdict import WEIGHTS
 from megatron_curr.training.preflight import prepare
 from tests.ranks import run_ranks
+from tests.recipe.recipes import with_keys_shuffled
 from tests.training.runs import newest_tensors, rows, train_rank, verified_steps
 from tests.training.tiny import write_recipe
 from tests.training.tiny_video import (
@@ -202,11 +208,31 @@ def test_first_weights_may_be_those_of_another_run(runs: VideoRuns, unbroken: Pa
 
 
 def test_report_shows_shapes_and_phases(unbroken: Path) -> None:
-    from megatron_curr.report.build import build_report
-
     page = build_report(unbroken)
     for text in ("Shapes", "squared error", "small", "large", "wide"):
         assert text in page
+
+
+def test_no_answer_depends_on_the_order_of_keys(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers() -> list[str | bytes]:
+        assert main(["trace", str(run), "--count", "1000", "--json"]) == 0
+        assert main(["trace", str(run), "--verify"]) == 0
+        assert main(["plan", str(run / "recipe.yaml"), "--gpus-per-node", "1"]) == 0
+        return [capsys.readouterr().out, build_report(run)]
+
+    run, random = tmp_path / "run", Random(1)
+    shutil.copytree(unbroken, run)
+    before = answers()
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    shuffled = write_recipe(tmp_path / "r.yaml", with_keys_shuffled(values, random))
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe(shuffled)))
+    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    (run / "ledger.jsonl").write_text(
+        "".join(json.dumps(with_keys_shuffled(line, random)) + "\n" for line in lines)
+    )
+    assert answers() == before
 
 
 @pytest.fixture(scope="module")
