@@ -203,7 +203,8 @@ class Chart:
                 f'y="{floor + 31:.1f}">{escape(self.x.title)}</text>'
             )
         head = (
-            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" '
+            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" style="--drawn: {self.width:g}px" '
+            f'role="img" '
             f'aria-label="{escape(self.title, quote=True)}">'
         )
         values = self._hover_json() if follows_tokens and self._hovers else ""
