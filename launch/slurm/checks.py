@@ -66,12 +66,13 @@ def check_run_folder(run_folder: Path, loaded: LoadedProfile) -> None:
             f"{run_folder}: the run folder must lie on a disk that all nodes share; set run_folder "
             f"to a place under {listed} (shared_folders of {loaded.file})"
         )
-    kind = _file_system(run_folder)
-    if kind in _OF_ONE_NODE:
-        raise CheckpointError(
-            f"{run_folder}: the run folder would lie in {kind}, which only this machine sees; "
-            "set run_folder to a place on a disk that all nodes share"
-        )
+    for place in (run_folder, (run_folder / "checkpoints").resolve()):
+        kind = _file_system(place)
+        if kind in _OF_ONE_NODE:
+            raise CheckpointError(
+                f"{run_folder}: {place} would lie in {kind}, which only this machine sees; set "
+                "run_folder, or let its checkpoints lead, to a place on a disk that all nodes share"
+            )
 
 
 def _file_system(path: Path) -> str:

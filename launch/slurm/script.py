@@ -65,7 +65,9 @@ def container_words(container: Container | None, folder: Path, *, has_gpus: bool
     """What stands after ``srun``, and what stands before the program; ``folder`` is mounted."""
     if container is None:
         return {"srun": "", "command": ""}
-    mounts = [f"{folder}:{folder}", *container.mounts]
+    linked = (folder / "checkpoints").resolve()  # perhaps on a disk of their own
+    disks = [folder] if linked.is_relative_to(folder.resolve()) else [folder, linked]
+    mounts = [*(f"{disk}:{disk}" for disk in disks), *container.mounts]
     if container.engine == "pyxis":
         options = {
             "container-image": container.image,

@@ -5,11 +5,15 @@ So an incarnation writes through its *pen*, a folder of its own on the run's dis
 stand in the run folder grows in there and is renamed to its place. A successor begins by renaming
 the pens of all before it away. Renames are atomic on every shared file system, so a write of a
 stale incarnation happened before that, where the successor sees it, or it fails.
+
+No rename leads to another disk. Where ``checkpoints/`` is on one (a symbolic link, a mount), an
+incarnation has a second pen there, ``checkpoints/.pens/0003``, that is taken away in the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -102,33 +106,61 @@ def claim_run(run_folder: Path, make_claim: Callable[[int], Claim]) -> Incarnati
             _refuse_if_alive(run_folder, before[-1], claim)
         if _make(folder, claim):
             incarnation = Incarnation(folder / f"{number:04d}")
+            if is_elsewhere(incarnation.pen, run_folder / "checkpoints"):
+                incarnation.far_pen.parent.mkdir(exist_ok=True)
             fence_others(run_folder, incarnation.number)
+            if incarnation.far_pen.parent.is_dir():
+                with contextlib.suppress(FileExistsError):  # a successor has taken it already
+                    incarnation.far_pen.mkdir()
             return incarnation
     raise CheckpointError(f"{folder}: others claim this run folder all the time; stop them")
+
+
+def is_elsewhere(pen: Path, folder: Path) -> bool:
+    """Whether no rename leads from the pen into a folder; found out by one, since mounts differ."""
+    if not folder.is_dir():
+        return False
+    grown, target = pen / "moved", folder / f".moved-{socket.gethostname()}-{os.getpid()}"
+    try:
+        grown.mkdir(exist_ok=True)
+        grown.rename(target)
+        target.rmdir()
+    except OSError as error:
+        return error.errno == errno.EXDEV
+    finally:
+        with contextlib.suppress(OSError):
+            grown.rmdir()
+    return False
 
 
 def fence_others(run_folder: Path, number: int) -> None:
     """Take the pens of all incarnations before ``number`` and conclude for them."""
     for earlier in incarnations(run_folder):
         if earlier.number < number:
-            _take_pen(earlier, earlier.folder / f"taken-by-{number:04d}")
+            _take_pen(earlier.pen, earlier.folder / f"taken-by-{number:04d}")
+            if earlier.far_pen.parent.is_dir():
+                taken = earlier.far_pen.with_name(f"{earlier.number:04d}-taken-by-{number:04d}")
+                _take_pen(earlier.far_pen, taken)
+                with contextlib.suppress(FileExistsError):  # it may not have come to make it yet
+                    earlier.far_pen.touch(exist_ok=False)
+                shutil.rmtree(taken, ignore_errors=True)
             conclude_one(run_folder, earlier)
             for left in earlier.folder.glob("taken-by-*"):
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _take_pen(earlier: Incarnation, taken: Path) -> None:
+def _take_pen(pen: Path, taken: Path) -> None:
     """Rename a pen away and put a file in its place.
 
     A stale save that was under way makes the folders that it misses, as torch's writer does: where
     nothing stood in its place, it would have made itself a pen again.
     """
-    while earlier.pen.is_dir():
+    while pen.is_dir():
         shutil.rmtree(taken, ignore_errors=True)
-        earlier.pen.rename(taken)
+        pen.rename(taken)
         with contextlib.suppress(FileExistsError):  # such a save was quicker: take that one as well
-            earlier.pen.touch(exist_ok=False)
-        sync(earlier.folder)
+            pen.touch(exist_ok=False)
+        sync(pen.parent)
 
 
 def _make(folder: Path, claim: Claim) -> bool:

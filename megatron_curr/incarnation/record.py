@@ -190,6 +190,16 @@ class Incarnation:
         return self.folder / "pen"
 
     @property
+    def far_pen(self) -> Path:
+        """Its pen for checkpoints, where these lie on a disk of their own."""
+        return self.folder.parents[1] / "checkpoints" / ".pens" / self.folder.name
+
+    @property
+    def checkpoint_pen(self) -> Path:
+        """Through which it saves: on the disk of the checkpoints."""
+        return self.far_pen if self.far_pen.exists() else self.pen
+
+    @property
     def claim(self) -> Claim | None:
         """Who it is; None in the instant before that is written."""
         return Claim.read(self.folder / "claim.json")

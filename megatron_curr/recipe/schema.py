@@ -108,6 +108,9 @@ class Checkpoint(Section):
     )
     keep_last: int = Field(2, gt=0, description="Newest checkpoints that stay")
     keep_every_tokens: PositiveTokens | None = Field(None, description="Keep one of these for ever")
+    max_failed_saves: int = Field(
+        3, gt=0, description="Stop after this many saves in a row that did not reach the disk"
+    )
 
 
 class Evaluation(Section):

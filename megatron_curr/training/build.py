@@ -87,7 +87,7 @@ def build_run(
         optimizer=optimizer,
         pg_collection=groups.pg_collection,
         settings=recipe.checkpoint,
-        pen=life.pen,
+        pen=life.checkpoint_pen,
         node_local=node_local,
         finish_weights=lambda: finish_param_gather(chunks),
     )
@@ -142,7 +142,7 @@ def _hooks(prepared: Prepared, stop_at_tokens: int | None) -> tuple[Hook, ...]:
         StopOnNonFinite(recipe.training.max_nonfinite_steps),
         StopOnRequest(stop_at_tokens),
         Evaluate(recipe.evaluation.every_tokens),
-        Save(recipe.checkpoint.every_tokens),
+        Save(recipe.checkpoint.every_tokens, max_failed=recipe.checkpoint.max_failed_saves),
     )
 
 

@@ -186,10 +186,15 @@ class Evaluate(Quiet):
 
 
 class Save(Quiet):
-    """Saves when due, without waiting for the writers, and at the end, waiting for them."""
+    """Saves when due, without waiting for the writers, and at the end, waiting for them.
 
-    def __init__(self, every_tokens: int) -> None:
+    Raises ``SaveFailed`` after ``max_failed`` saves in a row that failed.
+    """
+
+    def __init__(self, every_tokens: int, *, max_failed: int) -> None:
         self._every_tokens = every_tokens
+        self._max_failed = max_failed
+        self._num_failed = 0
         self._saved_step = 0
 
     def before_run(self, run: Run) -> None:
@@ -233,12 +238,23 @@ class Save(Quiet):
     def _report(self, run: Run, report: SaveReport) -> None:
         if report.error:
             self._saved_step = -1  # the state is not on disk: the last save must not be skipped
+            self._num_failed += 1
             log.warning(
-                "checkpoint of step %d is given up (%s); the one before is intact, the run goes on",
+                "checkpoint of step %d is given up (%s); the one before is intact%s",
                 report.state.step,
                 report.error,
+                ", the run goes on" if self._num_failed < self._max_failed else "",
             )
+            if self._num_failed >= self._max_failed:
+                run.write_beat()
+                raise SaveFailed(
+                    f"stopped at step {run.step}: {self._num_failed} saves in a row failed "
+                    f"(checkpoint.max_failed_saves), the last with {report.error}; what was "
+                    f"trained since step {run.saved[0]} is on no disk. Mend "
+                    f"{run.checkpointer.folder} and start again: the run goes on from there"
+                )
             return
+        self._num_failed = 0
         log.info(
             "checkpoint step_%08d saved: %s, training stood still for %s",
             report.state.step,

@@ -63,6 +63,7 @@ class Life:
     ) -> None:
         self.incarnation = incarnation
         self.pen = Pen(incarnation.pen)
+        self.checkpoint_pen = Pen(incarnation.checkpoint_pen)
         self.rank = rank
         self.node = node
         self.is_first_on_node = is_first_on_node

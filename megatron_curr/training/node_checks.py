@@ -22,13 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_curr.incarnation.fence import Pen
 from megatron_curr.parallel.groups import Groups
 from megatron_curr.recipe.load import dump_recipe
+from megatron_curr.training.checkpoint_folder import STATE
 from megatron_curr.training.life import Life, RunFailed
 from megatron_curr.training.local_copy import local_fault
 from megatron_curr.training.preflight import Prepared
 from megatron_curr.training.room import Room, needed_bytes
 from megatron_curr.training.run import library_versions
+from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.units import format_bytes, format_duration
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,8 @@ class NodeReport:
     versions: Mapping[str, str]
     recipe: str  # fingerprints
     code: str
+    sees_checkpoints: bool = True
+    moves_fault: str = ""  # of what a save renames and replaces, tried by rank 0
     gpu_fault: str = ""
     local_fault: str = ""  # of the disk through which checkpoints go
 
@@ -81,8 +86,11 @@ def check_nodes(prepared: Prepared, life: Life, *, node_local: Path | None = Non
     began_s = time.monotonic()
     token = [os.urandom(8).hex()]
     dist.broadcast_object_list(token, src=0)
+    pens, moves_fault = (life.pen, life.checkpoint_pen), ""
     if life.rank == 0:
-        (life.pen.folder / token[0]).touch()
+        for pen in pens:
+            (pen.folder / token[0]).touch()
+        moves_fault = try_moves(life.pen, life.checkpoint_pen, prepared.folder)
     dist.barrier()
     clock_s = time.time()
     report = None
@@ -91,7 +99,9 @@ def check_nodes(prepared: Prepared, life: Life, *, node_local: Path | None = Non
             node=life.node,
             clock_s=clock_s,
             sees_run_folder=(life.pen.folder / token[0]).exists(),
-            **_disk(life.pen.folder, life.node),
+            sees_checkpoints=(life.checkpoint_pen.folder / token[0]).exists(),
+            moves_fault=moves_fault,
+            **_disk(life.checkpoint_pen.folder, life.node),
             open_files=_open_files(),
             versions=library_versions(),
             recipe=_digest([dump_recipe(prepared.recipe).encode()]),
@@ -131,6 +141,11 @@ def find_faults(reports: Sequence[NodeReport], *, needed_bytes: int) -> list[Fau
         if not report.sees_run_folder:
             add("run-folder", "the run folder there is another one, not on a shared disk; set "
                 "run_folder to a disk that all nodes see")  # fmt: skip
+        elif not report.sees_checkpoints:
+            add("checkpoints", "the checkpoints/ there is another one; let the link or mount lead "
+                "to a disk that all nodes see")  # fmt: skip
+        if report.moves_fault:
+            add("saves", f"a checkpoint cannot get to its place: {report.moves_fault}")
         if abs(skew_s) > MOST_CLOCK_SKEW_S:
             add("clock", f"its clock is {skew_s:+.0f} s off those of the others; set it by NTP")
         if report.open_files < LEAST_OPEN_FILES:
@@ -209,6 +224,23 @@ def code_fingerprint() -> str:
 
 def _digest(parts: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def try_moves(pen: Pen, checkpoint_pen: Pen, folder: RunFolder) -> str:
+    """Make the moves of a save, as rank 0 will, and take them back; why that cannot be."""
+    target, mark = folder.checkpoints / "trial", folder.checkpoints / "trial.txt"
+    try:
+        pen.write(folder.path / mark.name, "")
+        (folder.path / mark.name).unlink()
+        grown = checkpoint_pen.make(target.name)
+        (grown / STATE).write_text("{}", encoding="utf-8")
+        checkpoint_pen.put(grown, target)
+        checkpoint_pen.write(mark, "")
+        mark.unlink()
+        checkpoint_pen.remove(target)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _disk(folder: Path, node: str) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def prepare(
     ``RecipeError``, ``DataError`` or ``CheckpointError``. Writes nothing.
     """
     folder, given = RunFolder(recipe.folder), recipe
+    folder.check_checkpoints()
     if ledger is None:
         recipe = folder.under_ledger(given)
     check_recipe(recipe)

@@ -103,6 +103,14 @@ class RunFolder:
         """Whether there is something to resume."""
         return bool(list_checkpoints(self.checkpoints))
 
+    def check_checkpoints(self) -> None:
+        """Raise ``CheckpointError`` where ``checkpoints`` is a link that leads nowhere."""
+        if self.checkpoints.is_symlink() and not self.checkpoints.is_dir():
+            raise CheckpointError(
+                f"{self.checkpoints} is a link to {self.checkpoints.readlink()}, where there is no "
+                "folder; make it, mount its disk, or remove the link"
+            )
+
     def newest_state(self) -> RunState | None:
         """The newest readable ``state.json``; whether its tensors are whole is not looked at."""
         for checkpoint in reversed(list_checkpoints(self.checkpoints)):

@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -178,3 +180,57 @@ def test_a_job_finds_its_own_incarnation(tmp_path: Path) -> None:
     assert a_claim(1).from_json(a_claim(1).to_json()) == a_claim(1)
     fence_others(tmp_path, 99)
     assert [i.number for i in incarnations(tmp_path) if i.pen.is_dir()] == []
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second disk")
+    with TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_checkpoints_on_another_disk_have_pens_there_that_are_taken_too(
+    tmp_path: Path, other_disk: Path
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(other_disk)
+    first = claimed(tmp_path)
+    assert first.checkpoint_pen == tmp_path / "checkpoints" / ".pens" / "0001"
+    old = Pen(first.checkpoint_pen)
+    old.put(old.make("step_1"), tmp_path / "checkpoints" / "step_1")
+    grown = old.make("step_2")
+    new = Pen(claimed(tmp_path).checkpoint_pen)
+    for attempt in (
+        lambda: old.put(grown, tmp_path / "checkpoints" / "step_2"),
+        lambda: old.make("step_3"),
+        lambda: old.remove(tmp_path / "checkpoints" / "step_1"),
+        lambda: old.write(tmp_path / "checkpoints" / "latest", "step_2"),
+    ):
+        with pytest.raises(Fenced, match="this incarnation of the run is stale"):
+            attempt()
+    assert sorted(path.name for path in other_disk.iterdir()) == [".pens", "step_1"]
+    new.put(new.make("step_2"), tmp_path / "checkpoints" / "step_2")
+    new.remove(tmp_path / "checkpoints" / "step_1")
+    assert [path.name for path in other_disk.glob("step_*")] == ["step_2"]
+
+
+def test_a_pen_on_another_disk_cannot_be_made_after_a_successor_came(
+    tmp_path: Path, other_disk: Path
+) -> None:
+    """The first stalls between its claim and its second pen; the second comes meanwhile."""
+    first = claimed(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(other_disk)
+    second = claimed(tmp_path)
+    with pytest.raises(FileExistsError):
+        first.far_pen.mkdir()
+    assert second.far_pen.is_dir()
+    with pytest.raises(Fenced):
+        Pen(first.checkpoint_pen).make("step_1")
+
+
+def test_one_disk_needs_one_pen(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    incarnation = claimed(tmp_path)
+    assert incarnation.checkpoint_pen == incarnation.pen
+    assert list((tmp_path / "checkpoints").iterdir()) == []

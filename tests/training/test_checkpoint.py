@@ -7,14 +7,20 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from megatron_curr.errors import CheckpointError
+from megatron_curr.incarnation.conclude import conclude
+from megatron_curr.recipe.load import load_recipe
 from megatron_curr.training.checkpoint_folder import (
     find_fault,
+    go_back,
     list_checkpoints,
     read_state,
 )
+from megatron_curr.training.preflight import prepare
 from tests.ranks import RankError, run_ranks
 from tests.training.runs import Runs, newest_tensors, rank_log, rows, tear, train_rank, within_step
 
@@ -170,3 +176,33 @@ def train_with_small_files(rank: int, recipe: str, ranks: int, stop_at_tokens: i
     """From step 4 on each file may hold 200 kB: metrics and logs fit, tensors do not."""
     within_step(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     train_rank(rank, recipe, ranks, stop_at_tokens)
+
+
+def test_a_run_whose_saves_fail_stops_instead_of_training_for_nothing(runs: Runs) -> None:
+    run = runs.train("failing", stop_at_tokens=1024)
+    intact = newest_tensors(run)
+    recipe = runs.recipe("failing", {"checkpoint.max_failed_saves": 2})
+    with pytest.raises(RankError, match=r"SaveFailed: stopped at step 1[2-6]: 2 saves in a row"):
+        run_ranks(train_with_small_files, 1, str(recipe), 1, None)
+    assert rows(run)[-1]["step"] <= 16 and newest_tensors(run) == intact
+    record = conclude(run)
+    assert record is not None and (record.cause, record.saved_step) == ("save-failed", 4)
+
+
+def test_checkpoints_may_lie_on_another_disk(runs: Runs, tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second disk")
+    with TemporaryDirectory(dir=memory) as disk:
+        run = runs.folder / "linked"
+        run.mkdir()
+        (run / "checkpoints").symlink_to(disk)
+        runs.train("linked", ranks=2, stop_at_tokens=2048)
+        resumed = runs.train("linked", ranks=2, stop_at_tokens=3072)
+        kept = [path.name for path in list_checkpoints(Path(disk))]
+        assert kept == ["step_00000008", "step_00000012"]
+        assert find_fault(list_checkpoints(resumed / "checkpoints")[-1]) is None
+        went = go_back(resumed, before_step=12)
+        assert went is not None and went.name == "step_00000008"
+    with pytest.raises(CheckpointError, match=r"checkpoints is a link to .*, where there is no"):
+        prepare(load_recipe(runs.recipe("linked")), 1)

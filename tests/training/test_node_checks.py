@@ -36,6 +36,9 @@ def test_every_fault_names_its_node() -> None:
     broken: dict[str, tuple[dict[str, object], str]] = {
         "clock": ({"clock_s": 1e9 - 60}, "its clock is -60 s off those of the others"),
         "run-folder": ({"sees_run_folder": False}, "not on a shared disk"),
+        "checkpoints": ({"sees_checkpoints": False}, "the checkpoints/ there is another one"),
+        "saves": ({"moves_fault": "[Errno 18] Invalid cross-device link"},
+                  "a checkpoint cannot get to its place: [Errno 18]"),
         "open-files": ({"open_files": 256}, "may open 256 files, 1024 are needed"),
         "disk-speed": ({"write_bytes_per_s": 1e4}, "writes 9.77 KiB a second"),
         "disk": ({"disk_fault": "No space left on device"}, "cannot be written: No space left"),
@@ -84,6 +87,7 @@ def check_three_nodes(rank: int, recipes: list[str]) -> None:
     prepared = prepare(load_recipe(recipes[rank]), 3)
     if rank == 0:
         life = begin_life(prepared.folder, world_size=3, node="node0")
+        prepared.folder.checkpoints.mkdir()
     dist.barrier()
     if rank != 0:
         node = f"node{rank}"
@@ -113,3 +117,23 @@ def test_a_node_with_another_recipe_and_a_group_without_an_answer_are_named(
                                     "run_folder": str(runs.folder / "checked")})  # fmt: skip
     run_ranks(check_three_nodes, 3, [str(recipe), str(recipe), str(other)])
     assert Path(runs.folder / "checked" / "incarnations").is_dir()
+
+
+def test_the_moves_of_a_save_are_tried_and_taken_back(tmp_path: Path) -> None:
+    from megatron_curr.incarnation.fence import Pen
+    from megatron_curr.training.node_checks import try_moves
+    from megatron_curr.training.run_folder import RunFolder
+
+    folder, pen = RunFolder(tmp_path / "run"), Pen.beside(tmp_path / "run")
+    folder.checkpoints.mkdir()
+    before = sorted(folder.path.rglob("*"))
+    assert try_moves(pen, pen, folder) == ""
+    assert sorted(folder.path.rglob("*")) == before
+    folder.checkpoints.rmdir()
+    folder.checkpoints.touch()
+    assert "Not a directory" in try_moves(pen, pen, folder)
+    elsewhere = Path("/dev/shm")
+    if elsewhere.is_dir() and elsewhere.stat().st_dev != tmp_path.stat().st_dev:
+        folder.checkpoints.unlink()
+        folder.checkpoints.symlink_to(elsewhere)
+        assert "Invalid cross-device link" in try_moves(pen, pen, folder)
