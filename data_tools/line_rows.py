@@ -11,8 +11,10 @@ from data_tools.json_rows import BYTE_ORDER_MARK, JsonValues, is_json_lines, par
 from data_tools.rows import BLANK_LINES, DamagedFile, Row, Span
 
 _HEAD_BYTES = 1 << 16
-_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_UTF_16_JSON = re.compile(rb"[\[{]\0[^\0]\0|\0[\[{]\0[^\0]")  # without a mark
+_OTHER_ENCODINGS = {  # by their mark, or by how JSON in them must begin; the longer first
+    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[\[{]\0\0\0|\0\0\0[\[{]"),
+    "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff|[\[{]\0[^\0]\0|\0[\[{]\0[^\0]"),
+}
 Parsed = tuple[dict[str, Any] | str, bool]
 
 
@@ -21,7 +23,7 @@ def read_lines(span: Span, fields: Sequence[str], max_bytes: int) -> Iterator[Ro
     with open(span.file, "rb", buffering=BUFFER_BYTES) as file:
         is_json = span.format.kind == "jsonl"
         head = decompressed(file, span.format.compression).read(_HEAD_BYTES)
-        _check_encoding(span.file, head, is_json=is_json)
+        _check_encoding(span.file, head)
         file.seek(0)
         stream = decompressed(file, span.format.compression)
         parse = _json_parser(fields) if is_json else _parse_text
@@ -38,19 +40,20 @@ def read_lines(span: Span, fields: Sequence[str], max_bytes: int) -> Iterator[Ro
 
 
 def can_be_cut(file: str, *, is_json: bool) -> bool:
-    """Whether a plain file is made of lines. Raises ``DamagedFile`` for UTF-16."""
+    """Whether a plain file is made of lines. Raises ``DamagedFile`` for what is not UTF-8."""
     with open(file, "rb") as stream:
         head = stream.read(_HEAD_BYTES)
-    _check_encoding(file, head, is_json=is_json)
+    _check_encoding(file, head)
     return not is_json or is_json_lines(head)
 
 
-def _check_encoding(file: str, head: bytes, *, is_json: bool) -> None:
-    if head.startswith(_UTF_16_MARKS) or (is_json and _UTF_16_JSON.match(head)):
-        raise DamagedFile(
-            f"{file}: is UTF-16, not UTF-8; write it anew, as by `iconv -f UTF-16 -t UTF-8`, and "
-            "run the same command again"
-        )
+def _check_encoding(file: str, head: bytes) -> None:
+    for name, beginning in _OTHER_ENCODINGS.items():
+        if beginning.match(head):
+            raise DamagedFile(
+                f"{file}: is {name}, not UTF-8; write it anew, as by `iconv -f {name} -t UTF-8`, "
+                "and run the same command again"
+            )
 
 
 def _lines(
@@ -131,7 +134,7 @@ def read_document(span: Span, fields: Sequence[str], max_bytes: int) -> Iterator
     """A file as one row."""
     with open(span.file, "rb") as file:
         content = decompressed(file, span.format.compression).read(max_bytes + 1)
-        _check_encoding(span.file, content, is_json=False)
+        _check_encoding(span.file, content)
         if content:
             yield Row(1, span.num_bytes, text_document(content, max_bytes), 0)
 

@@ -117,8 +117,8 @@ class Summary:
         count, share = self.documents["train"], self.heldout_frac
         return (
             f"{self.folder / 'heldout'}: nothing held out, so there is no such folder: "
-            f"--heldout-frac {share:g} of {count:,} documents is {count * share:.1f}; raise it, or "
-            "give more documents, to evaluate on held-out text"
+            f"--heldout-frac {share:g} of {count:,} documents is about {count * share:.1f} and "
+            "came to none; raise it, or give more documents, to evaluate on held-out text"
         )
 
     def json(self) -> str:

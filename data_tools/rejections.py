@@ -70,7 +70,9 @@ def check_rejects_so_far(run: Run, tally: Tally) -> None:
     expected_rows = tally.rows * max(whole_bytes / tally.read_bytes, 1)
     if tally.rejects > run.settings.max_rejected_frac * expected_rows:
         listing = _list_so_far(run)
-        raise _too_many(run, listing, tally.rejects, f"{tally.rows:,} rows so far")
+        rejects = max(tally.rejects, listing.reasons.total())  # the workers go on meanwhile
+        rows = tally.rows + rejects - tally.rejects
+        raise _too_many(run, listing, rejects, f"{rows:,} rows so far")
 
 
 def check_rejects(run: Run, records: Sequence[UnitRecord]) -> None:

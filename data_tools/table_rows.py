@@ -38,7 +38,8 @@ def read_parquet(span: Span, fields: Sequence[str], max_bytes: int) -> Iterator[
     """Rows of some row groups."""
     with pq.ParquetFile(span.file) as file:
         groups = list(range(span.first, file.num_row_groups if span.end is None else span.end))
-        columns = _columns(span, fields, file.schema_arrow)
+        leaves = [file.metadata.schema.column(n).path for n in range(file.metadata.num_columns)]
+        columns = _columns(span, fields, file.schema_arrow, leaves=leaves)
         batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns)
         num_rows = sum(file.metadata.row_group(group).num_rows for group in groups)
         yield from _table_rows(batches, span.num_bytes, num_rows)
@@ -65,8 +66,11 @@ def _is_arrow_file(path: Path) -> bool:
         return file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
 
 
-def _columns(span: Span, fields: Sequence[str], schema: pa.Schema) -> list[str]:
-    """The columns that hold the fields: ``meta`` for ``meta.url``, if that is no column itself."""
+def _columns(
+    span: Span, fields: Sequence[str], schema: pa.Schema, *, leaves: Sequence[str] = ()
+) -> list[str]:
+    """The columns that hold the fields: ``meta`` for ``meta.url``, if that is no column itself,
+    or no more of ``meta`` than its leaf of that name."""
     found = []
     for field in fields:
         column = field
@@ -77,7 +81,7 @@ def _columns(span: Span, fields: Sequence[str], schema: pa.Schema) -> list[str]:
                 f"{span.file}: no column {field!r}; it has {', '.join(schema.names)}. Name the "
                 "text with --text-field and keep or filter by columns that are there"
             )
-        found.append(column)
+        found.append(field if field in leaves else column)
     return list(dict.fromkeys(found))
 
 

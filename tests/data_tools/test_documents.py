@@ -103,7 +103,11 @@ def test_structs_of_tables_are_fields_inside_of_fields(tmp_path: Path) -> None:
             shards = open_shards(output / "train")
             text = small_tokenizer().decode(shards.read(0, shards.num_tokens).tolist())
             assert text == "".join(TEXTS[:8])
-    with pytest.raises(DataError, match=r"no column 'meta\.body'|field 'meta\.body'"):
+    how = {"heldout_frac": 0, "text_field": "meta.text", "metadata": ("meta",)}
+    run([tmp_path / "plain" / "a.parquet"], tmp_path / "whole", **how)
+    (found,) = (tmp_path / "whole" / "train").glob("*.documents.parquet")
+    assert json.loads(pq.read_table(found)["meta"][3].as_py()) == {"text": TEXTS[3], "n": 3}
+    with pytest.raises(DataError, match=r"no column 'meta\.body'; it has meta\.text"):
         run([tmp_path / "large" / "a.parquet"], tmp_path / "y", text_field="meta.body")
 
 

@@ -211,12 +211,16 @@ def test_layouts_are_told_apart(head: bytes, lines: bool) -> None:
     assert is_json_lines(b"\xef\xbb\xbf \n" + head[: 1 << 16]) == lines
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("unit_bytes", [8, 1 << 20])
-def test_utf_16_is_refused_with_the_way_out(tmp_path: Path, encoding: str, unit_bytes: int) -> None:
+def test_other_encodings_are_refused_with_the_way_out(
+    tmp_path: Path, encoding: str, unit_bytes: int
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"text": "one"}\n{"text": "two"}\n'.encode(encoding))
-    with pytest.raises(DamagedFile, match=r"a\.jsonl: is UTF-16, not UTF-8; .*iconv"):
+    with pytest.raises(DamagedFile, match=rf"a\.jsonl: is {encoding[:6].upper()}, .*iconv"):
         rows_of(path, unit_bytes=unit_bytes)
     text = tmp_path / "a.txt"
     text.write_text("plain", encoding="utf-16")
