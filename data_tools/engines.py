@@ -1,18 +1,16 @@
-"""The fastest library that gives exactly the ids of the one that defines the tokenizer.
+"""Ways to tokenise: the library that defines a tokenizer, faster ones, and a guard before those.
 
-A fast engine is used only after it was compared with the reference, on hard strings and on a
-sample of the run's own input; on any difference the next one is tried, and the reference at last.
-A text in which a special token is typed goes to the reference, where an engine knows such tokens.
+A fast engine does not get to know control tokens, so that it cannot make one of typed text. The
+guard sends to the reference every text that holds what the engine is known to make otherwise:
+code points of which it has another opinion, added tokens that it would match differently.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -26,7 +24,6 @@ from megatron_curr.data.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
 )
-from megatron_curr.errors import DataError
 
 Flat = tuple[NDArray[np.integer[Any]], NDArray[np.int64]]
 
@@ -61,21 +58,21 @@ class GigatokenEngine(Engine):
     """gigatoken, on the calling thread: the run's workers are processes."""
 
     name = "gigatoken"
+    takes_special = False
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: Sequence[str] = ()) -> None:
         import gigatoken
 
-        self.takes_special = isinstance(tokenizer, TiktokenTokenizer)
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            self._engine = gigatoken.Tokenizer.from_json(_without_special(tokenizer))
+            self._engine = gigatoken.Tokenizer.from_json(tokenizer.without_control_tokens(hidden))
         elif isinstance(tokenizer, SentencePieceTokenizer):
             with NamedTemporaryFile(suffix=".model") as file:  # it reads files only
-                file.write(_with_special_renamed(tokenizer))
+                file.write(tokenizer.without_control_tokens())
                 file.flush()
                 self._engine = gigatoken.Tokenizer.from_sentencepiece(file.name)
         else:
             # It knows the split patterns of OpenAI's encodings only, by file name.
-            self._engine = gigatoken.Tokenizer.from_tiktoken(tokenizer.path)
+            self._engine = gigatoken.Tokenizer.from_tiktoken(tokenizer.path, special_tokens={})
 
     def encode(self, texts: Sequence[str]) -> Flat:
         rows = self._engine.encode_batch(list(texts), parallel=False).layout
@@ -89,11 +86,12 @@ class FastokensEngine(Engine):
     name = "fastokens"
     takes_special = False
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: Sequence[str] = ()) -> None:
         import fastokens
 
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            self._engine = fastokens.Tokenizer.from_json_str(_without_special(tokenizer))
+            content = tokenizer.without_control_tokens(hidden)
+            self._engine = fastokens.Tokenizer.from_json_str(content)
         elif isinstance(tokenizer, TiktokenTokenizer):
             self._engine = fastokens.Tokenizer.from_tiktoken(
                 str(tokenizer.path), tokenizer.pattern, {}
@@ -106,31 +104,24 @@ class FastokensEngine(Engine):
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
 
-FAST_ENGINES: tuple[type[GigatokenEngine] | type[FastokensEngine], ...] = (
-    GigatokenEngine,
-    FastokensEngine,
-)
+FastKind = type[GigatokenEngine] | type[FastokensEngine]
+FAST_ENGINES: tuple[FastKind, ...] = (GigatokenEngine, FastokensEngine)
 
 
-def _without_special(tokenizer: Tokenizer) -> str:
-    """``tokenizer.json`` that does not know its special tokens, nor cuts or pads."""
-    content = json.loads(tokenizer.path.read_bytes())
-    added = content.get("added_tokens") or []
-    content["added_tokens"] = [token for token in added if not token.get("special")]
-    content["truncation"] = content["padding"] = content["post_processor"] = None
-    return json.dumps(content, ensure_ascii=False)
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which texts an engine must not see: those with a code point of these ranges, first and last
+    both within, or with one of these added tokens, which it does not know."""
+
+    code_points: tuple[tuple[int, int], ...] = ()
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def num_code_points(self) -> int:
+        return sum(last + 1 - first for first, last in self.code_points)
 
 
-def _with_special_renamed(tokenizer: SentencePieceTokenizer) -> bytes:
-    """The model, its control pieces under names that nobody types: an engine may match the old
-    ones in a text, where the reference never does."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
-    for piece in tokenizer.special_tokens.values():
-        model.pieces[piece].piece = f"{tokenizer.sha256}-{piece}"
-    content: bytes = model.SerializeToString()
-    return content
+EVERY_TEXT = Routes()
 
 
 class SpecialTokenFound(ValueError):
@@ -143,38 +134,69 @@ class SpecialTokenFound(ValueError):
 
 
 class GuardedEngine(Engine):
-    """A fast engine, and the reference for every text in which a special token is typed."""
+    """A fast engine, and the reference for every text that is not for it."""
 
-    def __init__(self, fast: Engine, tokenizer: Tokenizer, *, special_tokens: str) -> None:
+    def __init__(
+        self, fast: Engine, tokenizer: Tokenizer, *, special_tokens: str, routes: Routes
+    ) -> None:
         self.name, self.takes_special = fast.name, special_tokens == "allow"
         self._fast = fast
         self._reference = ReferenceEngine(tokenizer, allow_special=special_tokens == "allow")
-        special = map(re.escape, filter(None, tokenizer.special_tokens))
-        self._special = re.compile("|".join(special) or r"(?!)")  # or one that matches nothing
+        special = () if special_tokens == "text" else filter(None, tokenizer.special_tokens)
+        self._special = _any_of(special)
+        self._hidden = _any_of(routes.hidden)
         self._forbid = special_tokens == "error"
+        self._differs: NDArray[np.bool_] | None = None
+        if routes.code_points:
+            self._differs = np.zeros(0x110000, np.bool_)
+            for first, last in routes.code_points:
+                self._differs[first : last + 1] = True
 
     def encode(self, texts: Sequence[str]) -> Flat:
-        guarded = [number for number, text in enumerate(texts) if self._typed(text)]
+        guarded = self._guarded(texts)
         if not guarded:
             return self._fast.encode(texts)
-        if self._forbid:
-            raise SpecialTokenFound(guarded[0], self._typed(texts[guarded[0]]) or "")
-        rows = _rows(self._fast.encode(texts))
-        exact = _rows(self._reference.encode([texts[number] for number in guarded]))
-        for number, row in zip(guarded, exact, strict=True):
-            rows[number] = row
+        mine = set(guarded)
+        rest = [text for number, text in enumerate(texts) if number not in mine]
+        exact = iter(_rows(self._reference.encode([texts[number] for number in guarded])))
+        fast = iter(_rows(self._fast.encode(rest)) if rest else ())
+        rows = [next(exact if number in mine else fast) for number in range(len(texts))]
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
 
-    def _typed(self, text: str) -> str | None:
-        found = self._special.search(text)
-        return found and found[0]
+    def _guarded(self, texts: Sequence[str]) -> list[int]:
+        """Numbers of the texts that go to the reference."""
+        found = set()
+        if self._special is not None:
+            for number, text in enumerate(texts):
+                typed = self._special.search(text)
+                if typed and self._forbid:
+                    raise SpecialTokenFound(number, typed[0])
+                if typed:
+                    found.add(number)
+        if self._hidden is not None:
+            found |= {n for n, text in enumerate(texts) if self._hidden.search(text)}
+        if self._differs is not None:
+            others = [number for number, text in enumerate(texts) if not text.isascii()]
+            if self._holds_differing("".join([texts[number] for number in others])):
+                found |= {n for n in others if self._holds_differing(texts[n])}
+        return sorted(found)
+
+    def _holds_differing(self, text: str) -> bool:
+        assert self._differs is not None
+        code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return bool(self._differs[code_points].any())
 
 
-def _guarded(engine: Engine, tokenizer: Tokenizer, special_tokens: str) -> Engine:
-    """The engine, behind a guard unless special tokens are text and it does not know them."""
-    if special_tokens == "text" and not engine.takes_special:
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    parts = [re.escape(token) for token in tokens]
+    return re.compile("|".join(parts)) if parts else None
+
+
+def guarded(engine: Engine, tokenizer: Tokenizer, special_tokens: str, routes: Routes) -> Engine:
+    """The engine, behind a guard unless there is nothing that it must not see."""
+    if special_tokens == "text" and routes == EVERY_TEXT:
         return engine
-    return GuardedEngine(engine, tokenizer, special_tokens=special_tokens)
+    return GuardedEngine(engine, tokenizer, special_tokens=special_tokens, routes=routes)
 
 
 def _rows(flat: Flat) -> list[NDArray[np.integer[Any]]]:
@@ -182,141 +204,26 @@ def _rows(flat: Flat) -> list[NDArray[np.integer[Any]]]:
     return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Which engine was chosen and what that rests on; recorded in the manifest."""
-
-    engine: str
-    version: str
-    reference: str
-    reference_version: str
-    compared_documents: int
-    compared_chars: int
-    passed_over: Mapping[str, str] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def text(self) -> str:
-        """One line for people."""
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over.items())
-        if self.engine == self.reference:
-            return f"tokenizing with {self.engine} ({reasons or 'as asked'})"
-        proof = f"equal to {self.reference} on {self.compared_documents:,} texts"
-        return f"tokenizing with {self.engine}, {proof}" + (f" ({reasons})" if reasons else "")
-
-
-def choose_engine(
-    tokenizer: Tokenizer,
-    sample: Sequence[str],
-    *,
-    special_tokens: str = "text",
-    wanted: str = "auto",
-) -> tuple[Engine, Verdict]:
-    """The engine for a run, and why. ``sample`` is texts of the run's own input.
-
-    Raises ``DataError`` for an engine that is not known, or that was asked for and is not exact.
-    """
-    names = [kind.name for kind in FAST_ENGINES]
-    if wanted not in ("auto", "reference", *names):
-        raise DataError(f"--engine {wanted}: known are auto, reference, {', '.join(names)}")
-    texts = [*hard_strings(tokenizer), *sample]
-    reference = ReferenceEngine(tokenizer, allow_special=special_tokens == "allow")
-    truth: Flat | None = None
-    passed_over: dict[str, str] = {}
-    chosen: Engine | None = None
-    for kind in FAST_ENGINES:
-        if wanted not in ("auto", kind.name):
-            continue
-        try:
-            fast = kind(tokenizer)
-            mode = "allow" if special_tokens == "allow" else "text"
-            guarded = _guarded(fast, tokenizer, mode)
-            truth = truth or reference.encode(texts)
-            reason = _difference(truth, guarded.encode(texts), texts)
-        except ImportError:
-            reason = "not installed"
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # each library has kinds of its own, a panic of Rust's too
-            reason = f"cannot load this tokenizer ({error})"
-        if reason is None:
-            chosen = fast
-            break
-        passed_over[kind.name] = reason
-    if chosen is None and wanted in names:
-        raise DataError(
-            f"--engine {wanted}: {passed_over[wanted]}; leave it out to have one chosen"
-        )
-    engine = _guarded(chosen or reference, tokenizer, special_tokens)
-    return engine, Verdict(
-        engine=engine.name,
-        version=version(engine.name),
-        reference=reference.name,
-        reference_version=version(reference.name),
-        compared_documents=len(texts) if truth else 0,
-        compared_chars=sum(map(len, texts)) if truth else 0,
-        passed_over=passed_over,
-    )
-
-
-def load_engine(tokenizer: Tokenizer, name: str, *, special_tokens: str) -> Engine:
-    """The engine that ``choose_engine`` named, in a worker of the run."""
-    kinds: dict[str, Callable[[Tokenizer], Engine]] = {kind.name: kind for kind in FAST_ENGINES}
-    engine = kinds.get(name, ReferenceEngine)(tokenizer)
-    return _guarded(engine, tokenizer, special_tokens)
-
-
-def _difference(truth: Flat, found: Flat, texts: Sequence[str]) -> str | None:
+def first_difference(truth: Flat, found: Flat) -> int | None:
+    """The number of the first text for which two engines give other ids; ``None`` for none."""
     if np.array_equal(truth[1], found[1]) and np.array_equal(truth[0], found[0]):
         return None
-    for text, right, wrong in zip(texts, _rows(truth), _rows(found), strict=True):
-        if not np.array_equal(right, wrong):
-            return f"differs from the reference, such as on {text[:40]!r}"
-    raise AssertionError("arrays that differ hold a row that differs")
+    pairs = zip(_rows(truth), _rows(found), strict=True)
+    return next(n for n, (right, wrong) in enumerate(pairs) if not np.array_equal(right, wrong))
 
 
-def hard_strings(tokenizer: Tokenizer) -> list[str]:
-    """What tokenizers are known to disagree on: spaces, digits, joined marks, rare scripts."""
-    special = list(tokenizer.special_tokens)[:8]
-    spaces = [
-        "",
-        " ",
-        "  ",
-        "\n",
-        " \n",
-        "\n\n \n",
-        "\t\t x",
-        " " * 37 + "x",
-        "x" + " " * 21,
-        "\r\n\r",
-    ]
-    words = [
-        *(
-            "don't we'll I'VE it's'll 's ' s",
-            "naïve café ﬁne Ǆ ß İı",
-            "x\u0301\u0327 e\u0301 ñ n\u0303",
-        ),
-        *("1234567890 12 345 6.78e-9 ٣٤٥ ½ ²", "中文字符。日本語テキスト、한국어", "ก็ न्दी க்ஷ ខ្មែរ"),
-        *(
-            "👩\u200d👩\u200d👧 🏳️\u200d🌈 🇩🇪🇫 👍🏽",
-            "\u00a0nbsp\u2003em\u3000wide\u200bzero\u2028line\u0085",
-            "\ufeffbom\u0000nul\u0007",
-        ),
-        *("a\u2581b \u2581\u2581", "\U0010ffff\U000e0001 \ufffd", "\u202eabc\u202c שלום مرحبا"),
-        *(
-            "<0x0A> <0x41> [MASK] </ s> < s>",
-            "/*--==>>::__**##!!?? ...",
-            "{}[]()<>\"\"''`` \\n\\t",
-            "ÀÁ" * 40,
-        ),
-        *(
-            "a" * 300,
-            "ab " * 200,
-            "!?" * 150,
-            "CamelCaseAndSNAKE_CASE_and-kebab",
-            "https://e.org/?q=a%20b&c=#d",
-        ),
-    ]
-    typed = [text for token in special for text in (token, f"a{token}b", f" {token} {token}")]
-    return [*spaces, *words, *(f"{space}{word}" for word in words for space in (" ", "\n")), *typed]
+def differing(truth: Flat, found: Flat) -> list[int]:
+    """The numbers of all texts for which two engines give other ids."""
+    if first_difference(truth, found) is None:
+        return []
+    pairs = zip(_rows(truth), _rows(found), strict=True)
+    return [n for n, (right, wrong) in enumerate(pairs) if not np.array_equal(right, wrong)]
+
+
+def load_engine(tokenizer: Tokenizer, name: str, *, special_tokens: str, routes: Routes) -> Engine:
+    """The engine that ``choose_engine`` named, in a worker of the run."""
+    kinds = {kind.name: kind for kind in FAST_ENGINES}
+    if name in kinds:
+        engine: Engine = kinds[name](tokenizer, routes.hidden)
+        return guarded(engine, tokenizer, special_tokens, routes)
+    return guarded(ReferenceEngine(tokenizer), tokenizer, special_tokens, EVERY_TEXT)

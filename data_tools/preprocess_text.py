@@ -17,7 +17,7 @@ from typing import Any
 
 from data_tools.corpus import Unit, plan_units
 from data_tools.documents import Preparation
-from data_tools.engines import Verdict
+from data_tools.engine_choice import Verdict
 from data_tools.input_files import find_files
 from data_tools.options import Options, RunSettings
 from data_tools.progress import ReadProgress
@@ -264,7 +264,7 @@ def _work(run: Run, units: Sequence[Unit], workers: Workers) -> None:
     run.progress.note(run.preparation.bos_text)
     if warning := publishing_warning(run.tokenizer):
         run.progress.note(warning)
-    job = replace(job, engine=run.verdict.engine)
+    job = replace(job, engine=run.verdict.engine, routes=run.verdict.routes)
     run.progress.total_bytes = max(sum(unit.num_bytes for unit in units), 1)
 
     def tick() -> None:

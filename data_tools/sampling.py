@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from data_tools.documents import Document, Preparation
-from data_tools.engines import Verdict, choose_engine
+from data_tools.engine_choice import Verdict, choose_engine
 from data_tools.formats import open_rows
 from data_tools.rows import DamagedFile, Span
 from data_tools.unit_work import Job, unchanged_tokenizer

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data_tools.corpus import Unit
 from data_tools.document_table import TableWriter, table_path, table_schema
 from data_tools.documents import FILTERED, Document, Preparation
-from data_tools.engines import Engine, SpecialTokenFound, load_engine
+from data_tools.engines import EVERY_TEXT, Engine, Routes, SpecialTokenFound, load_engine
 from data_tools.formats import open_rows
 from data_tools.options import Options
 from data_tools.rows import EMPTY_FILES, NO_LOSS, Row, Span
@@ -58,6 +58,7 @@ class Job:
     tokenizer_sha256: str  # the file may have changed since another run in this process
     engine: str
     options: Options
+    routes: Routes = EVERY_TEXT  # what of a text the engine must not see
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,9 @@ class _Tools:
 @lru_cache(maxsize=2)
 def _tools(job: Job) -> _Tools:
     tokenizer = unchanged_tokenizer(job.tokenizer, job.tokenizer_sha256)
-    engine = load_engine(tokenizer, job.engine, special_tokens=job.options.special_tokens)
+    engine = load_engine(
+        tokenizer, job.engine, special_tokens=job.options.special_tokens, routes=job.routes
+    )
     gc.freeze()  # all this stays; looking through it again and again took a twentieth of the time
     return _Tools(tokenizer, engine, Preparation(job.options, tokenizer), UnknownText(tokenizer))
 

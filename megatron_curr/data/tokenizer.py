@@ -82,10 +82,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._as_text = pieces
         if self._makes_control_tokens():
             self._as_text = sentencepiece.SentencePieceProcessor(
-                model_proto=rename_in_sentencepiece(
-                    path.read_bytes(), special_tokens.values(), mark=self.sha256
-                )
+                model_proto=self.without_control_tokens()
             )
+
+    def without_control_tokens(self) -> bytes:
+        """The model that does not know its control tokens."""
+        return rename_in_sentencepiece(
+            self.path.read_bytes(), self.special_tokens.values(), mark=self.sha256
+        )
 
     def encode_batch(
         self, texts: Sequence[str], *, num_threads: int = 1, allow_special: bool = False
@@ -151,6 +155,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = vocabulary.get(roles.bos or "")
         self.own_bos_ids = self._set_before_a_text()
         self._find_what_is_lost(vocabulary)
+        self.normalizes = self._tokenizer.normalizer is not None
+        # Content and flags of what the file calls words of the text itself.
+        self.added_tokens = {
+            token.content: token
+            for token in added.values()
+            if token.content not in self.special_tokens
+        }
         self._as_text = self._tokenizer
         if self._makes_control_tokens():
             self._as_text = tokenizers.Tokenizer.from_str(self.without_control_tokens())

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import engines
-from data_tools.engines import FastokensEngine, GigatokenEngine, choose_engine, load_engine
+from data_tools import engine_choice
+from data_tools.engine_choice import choose_engine
+from data_tools.engines import EVERY_TEXT, FastokensEngine, GigatokenEngine, load_engine
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import DataError
 from tests.data_tools.text_corpora import TEXTS, run, small_tokenizer, write_jsonl
@@ -58,7 +59,10 @@ def test_fast_engines_equal_the_reference_on_any_text(
     tokenizer = tokenizer_of(kind, ranks)
     special = st.sampled_from([*tokenizer.special_tokens, "\u2581", "  ", "\r\n", "e\u0301"])
     text = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | special).map("".join)
-    fast = {mode: load_engine(tokenizer, engine, special_tokens=mode) for mode in ("text", "allow")}
+    fast = {
+        mode: load_engine(tokenizer, engine, special_tokens=mode, routes=EVERY_TEXT)
+        for mode in ("text", "allow")
+    }
 
     @given(st.lists(text, min_size=1, max_size=6))
     @settings(max_examples=80)
@@ -92,12 +96,12 @@ class WrongOnOneWord(FastokensEngine):
 def test_an_engine_that_differs_is_passed_over_and_the_manifest_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "FAST_ENGINES", (WrongOnOneWord, GigatokenEngine))
+    monkeypatch.setattr(engine_choice, "FAST_ENGINES", (WrongOnOneWord, GigatokenEngine))
     tokenizer = small_tokenizer("bpe")
     _, verdict = choose_engine(tokenizer, TEXTS)
     assert verdict.engine == "gigatoken"
     assert "differs from the reference" in verdict.passed_over["fastokens"]
-    monkeypatch.setattr(engines, "FAST_ENGINES", (WrongOnOneWord,))
+    monkeypatch.setattr(engine_choice, "FAST_ENGINES", (WrongOnOneWord,))
     with pytest.raises(DataError, match="differs from the reference"):
         choose_engine(tokenizer, TEXTS, wanted="fastokens")
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
