@@ -1,7 +1,7 @@
 """What two recipes or two runs do differently: no model, no torch.
 
 A recipe is compared as it is resolved, every default filled in. Of runs, also what their ledgers
-make of the curriculum, and the first step whose samples or loss differ.
+make of the curriculum, the bytes that they read, and the first step whose samples or loss differ.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron_curr.curriculum.differences import schedule_differences
 from megatron_curr.curriculum.ledger import ledger_schedule, open_ledger, read_ledger
 from megatron_curr.curriculum.lots import planner_of
 from megatron_curr.curriculum.schedule import Schedule
+from megatron_curr.data.identity import read_known
 from megatron_curr.recipe.load import load_recipe, recipe_differences
 from megatron_curr.recipe.schema import Recipe
 from megatron_curr.recipe.video_schema import VideoRecipe
@@ -53,6 +54,8 @@ class Comparison:
     settings: tuple[Value, ...]
     curriculum: tuple[str, ...]
     """What the schedules do differently, by token; empty of video beside text."""
+    data: tuple[str, ...]
+    """Tokenizer and shard folders, by their place in the recipe, that hold other bytes in runs."""
     num_steps: int | None
     """Steps that both runs have on record; None where one is no run."""
     steps: tuple[Step, ...]
@@ -61,7 +64,8 @@ class Comparison:
     def is_same(self) -> bool:
         """Whether nothing differs but the name and the place."""
         free = {"name", "run_folder"}
-        return not (self.curriculum or self.steps or {v.path for v in self.settings} - free)
+        settings = {value.path for value in self.settings} - free
+        return not (settings or self.curriculum or self.data or self.steps)
 
     def as_json(self) -> str:
         """For scripts."""
@@ -77,6 +81,8 @@ class Comparison:
         if self.curriculum:
             yield "by token:"
             yield from (f"  {change}" for change in self.curriculum)
+        for place in self.data:
+            yield f"{place}: holds other bytes"
         if self.num_steps is not None:
             yield f"steps on record in both: {self.num_steps:,}"
         for step in self.steps:
@@ -109,6 +115,7 @@ def compare(a: Path, b: Path) -> Comparison:
         b=str(b),
         settings=settings,
         curriculum=tuple(changes),
+        data=tuple(_other_data(a, b)),
         num_steps=num_steps,
         steps=steps,
     )
@@ -118,6 +125,18 @@ def _schedule(path: Path, recipe: Recipe | VideoRecipe) -> Schedule:
     ledger = path / "ledger.jsonl"
     entries = read_ledger(ledger) if ledger.is_file() else open_ledger(recipe.curriculum)
     return ledger_schedule(entries, planner_of(recipe))
+
+
+def _other_data(a: Path, b: Path) -> Iterator[str]:
+    """Places that both runs name and that held different bytes when they began."""
+    ours, theirs = (read_known(path) if path.is_dir() else None for path in (a, b))
+    if ours is None or theirs is None:
+        return
+    if ours.tokenizer != theirs.tokenizer:
+        yield "data.tokenizer"
+    for place, digests in ours.digests.items():
+        if place in theirs.digests and theirs.digests[place] != digests:
+            yield place
 
 
 def _compare_rows(a: Path, b: Path) -> tuple[int | None, tuple[Step, ...]]:

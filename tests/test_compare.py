@@ -8,6 +8,7 @@ import pytest
 from megatron_curr.cli import main
 from megatron_curr.compare import Comparison, Step, Value, compare
 from megatron_curr.curriculum.ledger import open_ledger
+from megatron_curr.data.identity import KnownData
 from megatron_curr.errors import RecipeError
 from megatron_curr.recipe.load import dump_recipe, load_recipe
 from tests.recipe.recipes import SOUND
@@ -86,6 +87,21 @@ def test_runs_differ_from_the_first_step_that_does(tmp_path: Path) -> None:
     )
     assert compare(a, a).is_same
     assert "the same samples and losses in all of them" in compare(a, a).as_text()
+
+
+def test_runs_on_other_bytes_differ_though_the_recipe_is_the_same(tmp_path: Path) -> None:
+    a = write_run(write(tmp_path, "a"), [9.0], ["aa"])
+    b = write_run(write(tmp_path, "b"), [9.0], ["aa"])
+    shared = {"data.sources.code.shards": ("1", "2")}
+    (a / "data.json").write_text(
+        KnownData("t", {**shared, "data.sources.prose.shards": ("3",)}).text()
+    )
+    (b / "data.json").write_text(
+        KnownData("t", {**shared, "data.sources.prose.shards": ("4",)}).text()
+    )
+    assert compare(a, b).data == ("data.sources.prose.shards",)
+    assert not compare(a, b).is_same
+    assert "data.sources.prose.shards: holds other bytes" in compare(a, b).as_text()
 
 
 def test_command_says_so_by_its_exit_code(

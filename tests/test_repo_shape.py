@@ -43,7 +43,7 @@ BELOW: dict[str, set[str]] = {
     "models": CORE | {"parallel"},
     "training": CORE | {"curriculum", "plan", "incarnation", "data", "parallel", "models"},
     "video_trace": CORE | {"curriculum", "data"},
-    "compare": CORE | {"curriculum"},
+    "compare": CORE | {"curriculum", "data"},
     "reference": CORE | {"training"},
     "trace": CORE | {"curriculum", "data", "video_trace"},
     "trace_verify": CORE | {"data", "trace", "video_trace"},
