@@ -57,7 +57,9 @@ def open_published(folder: Path, *, trust_pickle: bool = False) -> dict[str, Ten
             else read_torch(path, trust_pickle=trust_pickle)
         )
         if twice := sorted(tensors.keys() & found.keys()):
-            raise CheckpointError(f"{path}: {twice[0]} is in another file of the folder, too")
+            raise CheckpointError(
+                f"{path}: {twice[0]} is in another file of the folder, too; remove one"
+            )
         tensors.update(found)
     if index is not None:
         _check_index(index, tensors)
@@ -86,7 +88,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"it has {size:,} bytes of {last:,}: it was cut short")
         return {name: _view(mapped, 8 + head, name, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: is no whole safetensors file: {error}; download it again"
+        ) from error
 
 
 def _view(mapped: memoryview, base: int, name: str, entry: Mapping[str, Any]) -> Tensor:
@@ -111,9 +115,11 @@ def read_torch(path: Path, *, trust_pickle: bool) -> dict[str, Tensor]:
             "to safetensors where you trust it, or give --trust-pickle"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise CheckpointError(f"{path}: is no mapping of names to tensors")
+        raise CheckpointError(
+            f"{path}: is no mapping of names to tensors; save the model's state_dict alone"
+        )
     return found
 
 
@@ -135,7 +141,9 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
         if files:
             paths = [folder / file for file in files]
             if absent := [path for path in paths if not path.is_file()]:
-                raise CheckpointError(f"{absent[0]}: is missing, and {index.name} lists it")
+                raise CheckpointError(
+                    f"{absent[0]}: is missing, and {index.name} lists it; download it"
+                )
             return index, paths
     raise CheckpointError(
         f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of several; give the "
@@ -149,7 +157,7 @@ def _listed(index: Path) -> dict[str, str]:
         listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: is damaged ({error})") from error
+        raise CheckpointError(f"{index}: is damaged ({error}); download it again") from error
 
 
 def _check_index(index: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -235,7 +243,7 @@ def check_published(
                 )
             raise CheckpointError(
                 f"{name} is missing from the weight files; {family.architecture} of this "
-                "config.json has it"
+                "config.json has it; download the model whole"
             )
         if tensors[name].dtype not in DTYPES.values():
             raise CheckpointError(
@@ -244,7 +252,9 @@ def check_published(
             )
         found = tuple(tensors[name].shape)
         if found != piece.shape:
-            raise CheckpointError(f"{name} is {found} and {config} {piece.shape}")
+            raise CheckpointError(
+                f"{name} is {found} and {config} {piece.shape}; take the config of these weights"
+            )
     output, table = family.tail[-1].published, family.head[0].published
     for name in tensors:
         if name in wanted or family.is_ignored(name, model):
@@ -256,4 +266,7 @@ def check_published(
                 f"{name} differs from {table}, and {config} tie_word_embeddings is true; set it to "
                 "false, or remove the tensor"
             )
-        raise CheckpointError(f"{name} has no place in {family.architecture}: refusing to drop it")
+        raise CheckpointError(
+            f"{name} has no place in {family.architecture}: refusing to drop it; remove it from "
+            "the files where the model computes without it"
+        )

@@ -102,7 +102,9 @@ def convert_source(
             )
         else:
             if chat_template is not None:
-                raise RecipeError("--chat-template: is for --to hf; a checkpoint has none")
+                raise RecipeError(
+                    "--chat-template: is for --to hf, a checkpoint has none; leave it out"
+                )
             done = import_model(source, output, dtype=dtype, on_bytes=on_bytes, check=check)
     return Conversion(
         folder=done.folder,

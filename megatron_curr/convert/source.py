@@ -17,7 +17,7 @@ from megatron_curr.convert.published import PublishedWeights, check_published, o
 from megatron_curr.convert.stored import METADATA, StoredTensors, open_stored
 from megatron_curr.convert.weights import Weights
 from megatron_curr.data.tokenizer import load_tokenizer
-from megatron_curr.errors import CheckpointError
+from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.recipe.model import Model
 from megatron_curr.recipe.schema import Recipe
@@ -87,7 +87,14 @@ class Source:
 
     def family(self, architecture: str | None = None) -> Family:
         """What it is published as. Raises ``RecipeError`` when nothing is exactly this model."""
-        return choose_family(self.model, architecture=architecture or self.architecture)
+        try:
+            return choose_family(self.model, architecture=architecture or self.architecture)
+        except RecipeError as error:
+            if architecture is not None:
+                raise
+            raise RecipeError(
+                f"{self.path}: {error}\nit stays a checkpoint, or is trained with other settings"
+            ) from error
 
     def pieces(self, family: Family) -> tuple[Piece, ...]:
         """Every tensor of the published model; raises ``CheckpointError`` if weights differ."""
@@ -188,14 +195,20 @@ def _fault(checkpoint: Path) -> str | None:
 
 
 def _open_published(folder: Path, *, trust_pickle: bool) -> Source:
-    config = read_config(folder)
-    family = family_of(config)
-    model = model_of(config, family)
-    tensors = open_published(folder, trust_pickle=trust_pickle)
-    vocab_size = model.vocab_size
-    assert vocab_size
-    pieces = tuple(family.pieces(model, vocab_size=vocab_size))
-    check_published(tensors, pieces, family, model=model)
+    try:
+        config = read_config(folder)
+        family = family_of(config)
+        model = model_of(config, family)
+        tensors = open_published(folder, trust_pickle=trust_pickle)
+        vocab_size = model.vocab_size
+        assert vocab_size
+        pieces = tuple(family.pieces(model, vocab_size=vocab_size))
+        check_published(tensors, pieces, family, model=model)
+    except CheckpointError as error:  # tables of families know no folder
+        told = str(error)
+        if str(folder) not in told:
+            told = f"{folder}/{told}" if told.startswith("config.json:") else f"{folder}: {told}"
+        raise CheckpointError(told) from error
     weights = PublishedWeights(tensors, pieces)
     return Source(folder, weights, model, vocab_size, family.architecture, carried=folder)
 
@@ -207,9 +220,9 @@ def _open_converted(folder: Path) -> Source:
         model = Model(**told["model"])
         architecture, vocab_size = told["architecture"], model.vocab_size
     except (yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error})") from error
+        raise CheckpointError(f"{path}: is damaged ({error}); convert the model again") from error
     if vocab_size is None:
-        raise CheckpointError(f"{path}: vocab_size is missing")
+        raise CheckpointError(f"{path}: vocab_size is missing; convert the model again")
     carried = folder / CARRIED
     return Source(
         folder,
@@ -227,7 +240,8 @@ def check_stored(stored: StoredTensors, pieces: Sequence[Piece], model: Model) -
 
     def foreign(found: str) -> CheckpointError:
         return CheckpointError(
-            f"{stored.checkpoint}: {found}; was the checkpoint saved with another recipe?"
+            f"{stored.checkpoint}: {found}; the checkpoint was saved with another recipe: put that "
+            "one back as recipe.yaml (of a converted one, its model.yaml)"
         )
 
     for name, tensor in stored.tensors.items():

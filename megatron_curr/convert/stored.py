@@ -105,7 +105,7 @@ class StoredTensors:
         known = ", ".join(sorted(self.tensors)[:4]) or "none"
         raise CheckpointError(
             f"{self.checkpoint}: tensor {name!r} is missing; the checkpoint has {known}, ...; "
-            "was it saved with another recipe?"
+            "it was saved with another recipe: put that one back as recipe.yaml"
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -258,7 +258,8 @@ def open_stored(checkpoint: Path, *, prefix: str = "") -> StoredTensors:
         }
     except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: is damaged or was not written by a checkpoint save ({error})"
+            f"{path}: is damaged or was not written by a checkpoint save ({error}); use another "
+            "checkpoint"
         ) from error
     return StoredTensors(checkpoint, tensors)
 

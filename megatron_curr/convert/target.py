@@ -42,7 +42,9 @@ def written_beside(output: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"{output}: another conversion is writing it") from None
+            raise CheckpointError(
+                f"{output}: another conversion is writing it; wait for it, or give another place"
+            ) from None
         try:
             text = json.dumps(plan, sort_keys=True, indent=1)
             if not _is_of(partial, text):
