@@ -22,7 +22,7 @@ from megatron_curr.incarnation.accounts import read_accounts
 from megatron_curr.incarnation.record import TIMES
 from megatron_curr.report import facts, views
 from megatron_curr.report.records import Row, RunRecords, read_run
-from megatron_curr.report.values import compact, exact_count, percent, scientific
+from megatron_curr.report.values import Floats, compact, exact_count, percent, scientific
 from megatron_curr.units import format_count, format_duration
 
 REPORT_NAME = "report.html"
@@ -86,6 +86,7 @@ def build_report(run_folder: Path) -> str:
         phases=phases,
         table_sources=_table_sources(run, phases),
         switches=facts.switches(run),
+        uncounted=facts.uncounted(run),
         neighbour_steps=facts.NEIGHBOUR_STEPS,
         gap_tokens=round(gap_tokens),
         gap_source=gap_source,
@@ -183,8 +184,12 @@ def _mean_heldout(run: RunRecords) -> tuple[float, float]:
     table = np.array([column for column in columns if np.isfinite(column).any()])
     if not table.size:
         return math.nan, math.nan
-    mean = table.mean(axis=0)
-    return float(mean[0]), float(mean[-1])
+    return _mean_of_known(table[:, 0]), _mean_of_known(table[:, -1])
+
+
+def _mean_of_known(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _status(run: RunRecords) -> str:

@@ -138,6 +138,28 @@ def first_steps(run: RunRecords) -> set[int]:
     return {0, *after} if len(clock) else set()
 
 
+def uncounted(run: RunRecords) -> tuple[str, ...]:
+    """Sentences on losses that are means over nothing, and are therefore none."""
+    told: list[str] = []
+    losses = run.steps.column(f"train/{run.loss}")
+    refused = np.isfinite(run.steps.column("train/nonfinite_first_position"))
+    num_empty = int((~np.isfinite(losses) & ~refused).sum())
+    if num_empty:
+        told.append(
+            f"In {num_empty:,} of {len(run.steps):,} steps nothing counted: they have no loss and "
+            "no gradient."
+        )
+    consumed = consumed_by_source(run)
+    for name in run.sources:
+        is_read = bool(len(consumed[name])) and consumed[name][-1] > 0
+        if is_read and not np.isfinite(run.steps.column(f"train/{name}/{run.loss}")).any():
+            told.append(f"Nothing that was read of {name} counts: it has no training loss.")
+        is_held_out = f"eval/{name}/{run.loss}" in run.evaluations.names()
+        if is_held_out and not np.isfinite(run.evaluations.column(f"eval/{name}/{run.loss}")).any():
+            told.append(f"Nothing that is held out of {name} counts: it has no held-out loss.")
+    return tuple(told)
+
+
 def relative_step_times(run: RunRecords) -> Floats:
     """Each step's time per token over the median of its neighbours of the same sequence length."""
     times_s = run.steps.column("perf/step_time_s")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_curr.curriculum.ledger import ledger_schedule, read_ledger
+from megatron_curr.curriculum.ledger import Entry, ledger_schedule, open_ledger, read_ledger
 from megatron_curr.curriculum.lots import planner_of
-from megatron_curr.curriculum.schedule import Schedule, StepPlan, build_schedule
+from megatron_curr.curriculum.schedule import Schedule, StepPlan
 from megatron_curr.errors import CheckpointError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.recipe.schema import Recipe
@@ -66,6 +66,7 @@ class RunRecords:
     folder: Path
     recipe: Recipe | VideoRecipe
     recipe_text: str
+    ledger: tuple[Entry, ...]
     schedule: Schedule
     steps: Table
     evaluations: Table
@@ -135,16 +136,14 @@ def read_run(folder: Path) -> RunRecords:
         )
     recipe = load_recipe(recipe_path)
     rows, num_unreadable = _read_rows(folder / "metrics.jsonl")
-    ledger = folder / "ledger.jsonl"
+    path = folder / "ledger.jsonl"
+    ledger = read_ledger(path) if path.is_file() else open_ledger(recipe.curriculum)
     return RunRecords(
         folder=folder,
         recipe=recipe,
         recipe_text=recipe_path.read_text(encoding="utf-8"),
-        schedule=(
-            ledger_schedule(read_ledger(ledger), planner_of(recipe))
-            if ledger.is_file()
-            else build_schedule(recipe.curriculum, planner_of(recipe))
-        ),
+        ledger=ledger,
+        schedule=ledger_schedule(ledger, planner_of(recipe)),
         steps=_rows_with(rows, f"train/{loss_of(recipe)}"),
         evaluations=_rows_with(rows, "eval/time_s"),
         checkpoints=_rows_with(rows, "checkpoint/blocked_s"),

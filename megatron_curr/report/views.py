@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_curr.report import facts
 from megatron_curr.report.chart import CHARACTER_WIDTH, Axis, Band, Chart, Hover
+from megatron_curr.report.editions import LedgerRow, ledger_rows
 from megatron_curr.report.facts import SourceGroup
 from megatron_curr.report.records import PhaseSpan, RunRecords, Table
 from megatron_curr.report.values import (
@@ -42,6 +43,7 @@ class View:
     groups: tuple[SourceGroup, ...]
     bands: tuple[Band, ...]
     restarts: tuple[float, ...]
+    editions: tuple[LedgerRow, ...]
 
     def tokens_axis(self) -> Axis:
         return Axis(0.0, float(self.run.schedule.total_tokens), "tokens consumed")
@@ -55,7 +57,14 @@ class View:
         chart.grid()
         for tokens in self.restarts:
             chart.flag(tokens, "", "restart")
+        self.mark_editions(chart)
         return chart
+
+    def mark_editions(self, chart: Chart, *, with_names: bool = False) -> None:
+        """Mark where amendments begin, and where the run was rolled back to."""
+        for row in self.editions:
+            if row.mark:
+                chart.flag(row.at_tokens, row.mark if with_names else "", "amendment", level=1)
 
     @property
     def label_room(self) -> float:
@@ -68,7 +77,7 @@ def build_view(run: RunRecords) -> View:
     bands = tuple(
         Band(float(phase.start_tokens), float(phase.end_tokens), phase.name) for phase in run.phases
     )
-    return View(run, facts.source_groups(run), bands, facts.restarts(run))
+    return View(run, facts.source_groups(run), bands, facts.restarts(run), ledger_rows(run))
 
 
 def shortened(label: str) -> str:
@@ -98,6 +107,7 @@ def mixture(view: View) -> str:
     chart.grid()
     for tokens in view.restarts:
         chart.flag(tokens, "resumed", "restart")
+    view.mark_editions(chart, with_names=True)
     middle, realised = _realised_shares(view)
     low = np.zeros(len(middle))
     for group in view.groups:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_curr.data.shards import open_shards
+from megatron_curr.data.shards import ShardWriter, open_shards
 from megatron_curr.recipe.load import load_recipe
+from megatron_curr.report import build_report
 from megatron_curr.training.preflight import prepare
 from tests.data_tools.text_corpora import (
     TEXTS,
@@ -22,7 +23,7 @@ from tests.data_tools.text_corpora import (
     write_jsonl,
 )
 from tests.ranks import run_ranks
-from tests.training.runs import Runs, train_rank
+from tests.training.runs import Runs, rank_log, rows, train_rank
 from tests.training.tiny import SOURCES
 
 STEPS, ROWS, LENGTH = 2, 8, 32
@@ -81,3 +82,35 @@ def test_steps_and_evaluations_count_the_tokens_that_are_not_marked(tmp_path: Pa
         marked = marked_as_masked(data / name / "heldout")
         labels = min(wanted, open_shards(data / name / "heldout").num_tokens - 1)
         assert found == labels - marked[1 : labels + 1].sum() < labels
+
+
+def test_steps_and_evaluations_of_nothing_have_no_loss_and_say_so(
+    runs: Runs, tmp_path: Path
+) -> None:
+    for split, end in (("train", 60), ("heldout", 70)):
+        with ShardWriter(tmp_path / split, np.dtype(np.uint16)) as writer:
+            for _ in range(40):
+                tokens = np.append(np.arange(10, end), 2)
+                writer.add_documents(tokens, [len(tokens)], masked=np.array([len(tokens)]))
+    sources = load_recipe(runs.recipe("any")).model_dump(mode="json")["data"]["sources"]
+    silent = {"shards": str(tmp_path / "train"), "heldout": str(tmp_path / "heldout")}
+    changes = {
+        "data.sources": {**sources, "silent": silent},
+        "curriculum.phases.0.tokens": 512,
+        "curriculum.phases.0.mixture": {"silent": 1.0},
+        "curriculum.phases.0.learning_rate": 1e-3,
+    }
+    run = runs.train("silent", changes=changes, stop_at_tokens=1024)
+    found = rows(run)
+    assert [row["train/loss_nats_per_token"] is None for row in found] == [True, True, False]
+    assert [row["train/grad_norm"] is None for row in found] == [True, True, False]
+    assert "train/silent/loss_nats_per_token" not in found[-1]
+    (evaluation,) = rows(run, "eval/time_s")
+    assert evaluation["eval/silent/loss_nats_per_token"] is None
+    assert evaluation["eval/prose/loss_nats_per_token"] > 5
+    log = rank_log(run).read_text()
+    assert "silent none (nothing counts)" in log
+    assert "256 of 4.61k tokens  loss none (nothing counts)" in log
+    page = build_report(run)
+    assert "In 2 of 3 steps nothing counted" in page
+    assert "Nothing that is held out of silent counts" in page
