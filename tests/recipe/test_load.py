@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,14 @@ def test_tab_is_told_as_such(tmp_path: Path) -> None:
 def test_init_from_without_its_kind_is_explained(tmp_path: Path) -> None:
     line = only_refusal(tmp_path, "init_from=hf_out")
     assert line.startswith("init_from: found 'hf_out'; give it: First weights: hf:FOLDER")
+
+
+def test_curriculum_of_the_readme_is_sound(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (curriculum,) = re.findall(r"```yaml\n(curriculum:.*?)```", readme, re.DOTALL)
+    text = SOUND[: SOUND.index("curriculum:")] + curriculum
+    text += "parallel: {micro_batch_tokens: 32_768}\nevaluation: {tokens_per_source: 64k}\n"
+    sources = "{web: {shards: w}, code: {shards: c}, math: {shards: m}}"
+    overrides = ["model.max_position_embeddings=32k", f"data.sources={sources}"]
+    recipe = load_recipe(write_recipe(tmp_path, text), overrides)
+    assert [phase.seq_length for phase in recipe.curriculum.phases] == [4096, 32_768]
