@@ -112,7 +112,10 @@ def write_tokenizer(
                 raise DataError(f"{ours.path}: {error}; give another tokenizer") from error
             reason = str(error)
             (folder / JSON).unlink(missing_ok=True)
-    return _write_slow(ours, files, folder, old, tried, reason=reason, begins_with=begins_with)
+    notes = [f"{ours.path}: {reason}, so it has no exact {JSON} and goes along as it is"]
+    return _write_slow(
+        ours, files, folder, old, tried, notes, max_tokens=max_tokens, begins_with=begins_with
+    )
 
 
 def _write_fast(
@@ -160,12 +163,12 @@ def _write_slow(
     folder: Path,
     old: Mapping[str, Any],
     texts: Sequence[str],
+    notes: list[str],
     *,
-    reason: str,
+    max_tokens: int,
     begins_with: Sequence[int],
 ) -> Published:
     """The model file as it is, and what transformers needs to ask SentencePiece."""
-    notes = [f"{ours.path}: {reason}, so it has no exact {JSON} and goes along as it is"]
     settings = Settings({key: value for key, value in old.items() if key != "auto_map"})
     vocabulary = dict(ours.special_tokens)
     loading = Loading(None, False, ())
@@ -176,12 +179,12 @@ def _write_slow(
     settings.content.pop("added_tokens_decoder", None)
     start = tuple(_piece(ours, vocabulary, token) for token in begins_with)
     if isinstance(ours, SentencePieceTokenizer):
-        for name in ("tokenizer.model", SLOW_FILE):
-            shutil.copyfile(ours.path, folder / name)
+        shutil.copyfile(ours.path, folder / SLOW_FILE)
         others = [token for token in ours.special_tokens if token not in settings.named]
         settings.content |= {"tokenizer_class": SLOW_CLASS, "additional_special_tokens": others}
         # It has names of its own for these two, and would add tokens for them.
-        settings.content = {"pad_token": None, "sep_token": None, **settings.content}
+        unnamed = {"pad_token": None, "sep_token": None}
+        settings.content = {**unnamed, **settings.content, "model_max_length": max_tokens}
     _write_files(ours, files, folder, settings)
     if isinstance(ours, SentencePieceTokenizer):
         typed = [text for token in ours.special_tokens for text in _around(token)]

@@ -178,12 +178,15 @@ def test_what_has_no_exact_json_is_asked_of_sentencepiece(
     tmp_path: Path, target: Path, options: dict[str, Any], reason: str
 ) -> None:
     source = trained(tmp_path, **options)
-    done = write_tokenizer(source, target, max_tokens=64)
+    done = write_tokenizer(source, target, max_tokens=64, begins_with=[1])
     assert reason in done.notes[0] and "goes along as it is" in done.notes[0]
     assert done.loader == "AutoTokenizer"
     assert not (target / "tokenizer.json").exists()
     assert (target / "tokenizer.model").read_bytes() == source.read_bytes()
     read_alike(source, target, [*HARD_TEXTS, *LINES[:20]])
+    assert done.begins_with == ("<s>",)
+    assert "training read '<s>' there: put it before a text yourself" in done.notes[-1]
+    assert loaded(target).model_max_length == 64
     assert len(loaded(target)) == load_tokenizer(source).vocab_size  # nothing was added to it
     assert loaded(target)("a</s>").input_ids[-1] == 2
 
