@@ -72,18 +72,18 @@ class Cluster:
         self.environment = {**os.environ, "TESTCLUSTER": str(folder), "PYTHONPATH": str(ROOT)}
 
     def __call__(self, verb: str, *words: object) -> str:
-        """One verb of the script; what it prints."""
+        """One verb of the script; its standard output, and where it fails all that it prints."""
         command = [str(TESTCLUSTER), verb, *map(str, words)]
         done = subprocess.run(
             command,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         )
         if done.returncode:
-            raise CommandError(done.returncode, done.stdout)
+            raise CommandError(done.returncode, done.stdout + done.stderr)
         return done.stdout
 
     def command(self, *words: object) -> str:
