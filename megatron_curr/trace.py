@@ -21,15 +21,15 @@ from megatron_curr.curriculum.schedule import Schedule, StepPlan
 from megatron_curr.data.identity import (
     AnyShards,
     KnownData,
-    check_tokenizer_unchanged,
     check_unchanged,
     files_of,
+    load_tokenizer_of,
     read_known,
 )
 from megatron_curr.data.keyed import Words
 from megatron_curr.data.order import SampleOrder, Samples
 from megatron_curr.data.shards import ShardSet, Span, open_shards
-from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_curr.data.tokenizer import Tokenizer
 from megatron_curr.data.video_data import open_video_data
 from megatron_curr.errors import DataError, RecipeError
 from megatron_curr.recipe.check import check_recipe
@@ -145,7 +145,7 @@ def open_trace(target: Path, overrides: Sequence[str] = ()) -> Trace | VideoTrac
     """The trace of a recipe file or a run folder. Raises ``UserError`` for what is wrong in it."""
     recipe, ledger = _read_target(target, overrides)
     check_recipe(recipe)
-    known = read_known(target) if target.is_dir() else None
+    known = read_known(target)
     if isinstance(recipe, VideoRecipe):
         data = open_video_data(recipe)
         _check_data(known, data.train)
@@ -219,10 +219,7 @@ def trace_command(
             row = trace.row(int(place), with_text=text)
             yield from [row_as_json(row)] if as_json else row_as_text(row)
         return
-    tokenizer = load_tokenizer(trace.recipe.data.tokenizer) if text else None
-    known = read_known(target) if tokenizer is not None and target.is_dir() else None
-    if known is not None and tokenizer is not None:
-        check_tokenizer_unchanged(known, tokenizer.sha256, remedy=_NOT_AS_READ)
+    tokenizer = load_tokenizer_of(target, trace.recipe.data.tokenizer) if text else None
     for sample in trace.samples(np.asarray(positions, np.int64)):
         decoded = trace.text(sample, tokenizer) if tokenizer else None
         yield _as_json(sample, decoded) if as_json else _as_line(sample, decoded)

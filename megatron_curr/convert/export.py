@@ -18,8 +18,8 @@ from megatron_curr.convert.safetensors_out import Written, write_safetensors
 from megatron_curr.convert.source import Source
 from megatron_curr.convert.target import check_empty, written_beside
 from megatron_curr.convert.tokenizer import write_tokenizer
+from megatron_curr.data.identity import load_tokenizer_of
 from megatron_curr.data.shards import ShardSet, open_shards
-from megatron_curr.data.tokenizer import load_tokenizer
 from megatron_curr.errors import DataError, RecipeError
 from megatron_curr.recipe.schema import Recipe
 
@@ -134,7 +134,7 @@ def _write_run_files(
     run = source.run
     assert run
     recipe = run.recipe
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = load_tokenizer_of(run.folder, recipe.data.tokenizer)
     config = write_config(
         source.model, family, vocab_size=source.vocab_size, token_ids={}, dtype=sizes.dtype
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_curr.data.idx_format import bin_path, file_bytes, idx_path, masked_path
 from megatron_curr.data.shards import Shard, ShardSet
+from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.data.video_shards import VideoShards
 from megatron_curr.errors import CheckpointError, DataError
 
@@ -78,7 +79,7 @@ def read_known(run_folder: Path) -> KnownData | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         digests = {place: tuple(found) for place, found in values["digests"].items()}
         return KnownData(values["tokenizer"], digests)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -130,6 +131,16 @@ def check_tokenizer_unchanged(known: KnownData, sha256: str | None, *, remedy: s
             f"data.tokenizer: sha256 {sha256[:16]}, but the run began with "
             f"{known.tokenizer[:16]}: its ids mean other text now; {remedy}"
         )
+
+
+def load_tokenizer_of(run_folder: Path, path: str) -> Tokenizer:
+    """The tokenizer at ``path``. Raises ``CheckpointError`` where the run began with another."""
+    tokenizer = load_tokenizer(path)
+    known = read_known(run_folder)
+    if known is not None:
+        remedy = f"put back what was there at {tokenizer.path}"
+        check_tokenizer_unchanged(known, tokenizer.sha256, remedy=remedy)
+    return tokenizer
 
 
 def check_separate(files: Files) -> None:

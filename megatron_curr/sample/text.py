@@ -24,6 +24,7 @@ from megatron_curr.convert.export import documents_begin_with
 from megatron_curr.convert.load import load_weights
 from megatron_curr.convert.source import Source, Which, open_source
 from megatron_curr.convert.video import is_video
+from megatron_curr.data.identity import load_tokenizer_of
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_curr.errors import CheckpointError, RecipeError
 from megatron_curr.models.gpt import build_gpt
@@ -189,7 +190,7 @@ def _tokenizer_of(source: Source, given: Path | None) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     if source.run:
-        return load_tokenizer(source.run.recipe.data.tokenizer)
+        return load_tokenizer_of(source.run.folder, source.run.recipe.data.tokenizer)
     if source.carried is None:
         raise CheckpointError(f"{source.path}: has no tokenizer beside it; give --tokenizer")
     return load_tokenizer(source.carried)

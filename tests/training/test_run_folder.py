@@ -15,6 +15,7 @@ import sentencepiece
 
 from megatron_curr.curriculum.ledger import amend, append_entries, open_ledger
 from megatron_curr.data import manifest
+from megatron_curr.data.identity import load_tokenizer_of
 from megatron_curr.data.shards import ShardWriter
 from megatron_curr.errors import CheckpointError, DataError, RecipeError
 from megatron_curr.incarnation.fence import Pen
@@ -186,9 +187,12 @@ def test_other_files_and_another_tokenizer_under_a_run_are_refused(
     other_words(tokenizer)
     with pytest.raises(CheckpointError, match=r"data.tokenizer: sha256 .* ids mean other text"):
         prepare(recipe, 1)
-    with pytest.raises(CheckpointError, match=r"not be what the run read; put back what was there"):
+    with pytest.raises(CheckpointError, match=r"ids mean other text now; put back"):
         list(trace_command(folder.path, text=True))
+    with pytest.raises(CheckpointError, match=r"put back what was there at .*tokenizer.model"):
+        load_tokenizer_of(folder.path, recipe.data.tokenizer)  # as export and generate do
     tokenizer.write_bytes(known)
+    assert load_tokenizer_of(folder.path, recipe.data.tokenizer).path == tokenizer
 
     for split, place in (("heldout", "prose.heldout"), ("train", "prose.shards")):
         shard = corpus / "prose" / f"{split}.bin"
