@@ -45,7 +45,7 @@ from data_tools.unit_work import (
     work_on_unit,
 )
 from data_tools.unknown_text import Unknown, check_unknown
-from data_tools.workers import Workers
+from data_tools.workers import TEXT_PRELOAD, Workers
 from megatron_curr.data.manifest import FILE_NAME, read_manifest
 from megatron_curr.data.sentencepiece_model import publishing_warning
 from megatron_curr.data.tokenizer import Tokenizer, load_tokenizer
@@ -55,11 +55,6 @@ from megatron_curr.units import format_bytes
 __all__ = ["Options", "RunSettings", "Summary", "preprocess"]
 _LISTED = 5
 _UNIT_VERSION = 3  # of what a unit holds; units of another are made again
-# Loaded once for all workers; what is not installed is left out.
-_PRELOAD = (
-    *("data_tools.unit_work", "data_tools.sampling", "pyarrow.compute", "tokenizers"),
-    *("sentencepiece", "gigatoken", "awkward"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +237,7 @@ def _carry_out(run: Run) -> Summary:
         mine = len(run.units)
     run.units_kept = mine - len(missing)
     run.tally = tally_of(run)
-    with Workers(settings.num_workers, num_counters=len(COUNTERS), preload=_PRELOAD) as workers:
+    with Workers(settings.num_workers, num_counters=len(COUNTERS), preload=TEXT_PRELOAD) as workers:
         _work(run, [run.units[number] for number in missing], workers)
         if settings.task is not None:
             return _summary(run, "task done")

@@ -7,6 +7,7 @@ core. Results may come in any order.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -23,7 +24,19 @@ _WAITING_PER_WORKER = 4  # tasks handed out in advance, so that no worker waits
 _PROCESS, _TASK, _COUNTERS = range(3)  # what stands where on a desk
 _NO_TASK = -1
 
+# What workers on text load, once for all of them; what is not installed is left out.
+TEXT_PRELOAD = (
+    *("data_tools.unit_work", "data_tools.sampling", "pyarrow.compute", "tokenizers"),
+    *("sentencepiece", "gigatoken", "awkward"),
+)
+
 _desk: Desk | None = None
+
+
+def start_fork_server(preload: Sequence[str]) -> None:
+    """Let the process that workers come from load their libraries, while this one goes on."""
+    multiprocessing.set_forkserver_preload(list(preload))
+    multiprocessing.forkserver.ensure_running()
 
 
 class WorkFailed(Exception):
@@ -101,8 +114,8 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         if num_workers == 1:
             return
+        start_fork_server(preload)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
         self._board = context.RawArray("q", num_workers * self._desk_size)
         for seat in range(num_workers):
             self._board[seat * self._desk_size + _TASK] = _NO_TASK

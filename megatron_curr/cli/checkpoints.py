@@ -13,7 +13,6 @@ import typer
 from megatron_curr.cli.app import app
 from megatron_curr.cli.work import ClusterProfile, cluster_profile
 from megatron_curr.errors import CheckpointError, RecipeError
-from megatron_curr.recipe.problems import did_you_mean
 
 if TYPE_CHECKING:
     from launch.slurm.profile import Profile
@@ -140,6 +139,8 @@ class _How:
 
 def _check_there(*sources: Path) -> None:
     """Raise ``CheckpointError`` for what is not there at all, before the slow imports."""
+    from megatron_curr.recipe.problems import did_you_mean
+
     for source in sources:
         if not source.exists():
             beside = sorted(path.name for path in source.parent.glob("[!.]*") if path.is_dir())

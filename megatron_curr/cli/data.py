@@ -223,6 +223,10 @@ def _named(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _preprocess_here(given: dict[str, Any], what: dict[str, Any], *, as_json: bool) -> None:
+    from data_tools.workers import TEXT_PRELOAD, start_fork_server
+
+    if given["num_workers"] > 1:  # both processes take half a second to load what they need
+        start_fork_server(TEXT_PRELOAD)
     from data_tools.preprocess_text import RunSettings
     from data_tools.preprocess_text import preprocess as write_shards
 
