@@ -156,8 +156,15 @@ def _state(
         logs = sorted((Path(known[-1].run_folder) / "logs").glob("slurm-*.out"))
         if not logs:
             return "ended without output: do all nodes see the run folder?"
-        return f"ended before a rank began: see {logs[-1]}"
+        return f"ended before a rank began: {_last_error(logs[-1])}see {logs[-1]}"
     return f"no job{last}" + ("" if newest is None else "; submit again to go on")
+
+
+def _last_error(log: Path) -> str:
+    """What a job's output says last of an error, such as a setup line that failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace")[-_TAIL_BYTES:].splitlines()
+    found = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return f"{found[-1]}; " if found else ""
 
 
 def _state_here(folder: RunFolder, newest: Incarnation | None) -> str:

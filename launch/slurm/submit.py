@@ -46,15 +46,25 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What became of it; ``job_id`` is None after a dry run, ``unchecked`` what it left out."""
+    """What became of it; ``job_id`` is None after a dry run, ``unchecked`` what it left out.
+
+    ``finished_tokens`` are those of a run that is through: it gets no job.
+    """
 
     submission: Submission
     script: str
     job_id: str | None = None
     unchecked: str = ""
+    finished_tokens: int | None = None
 
     def as_text(self) -> str:
         """The script alone of a dry run; else where to look and how to end it."""
+        if self.finished_tokens is not None:
+            folder = shlex.quote(self.submission.run_folder)
+            return (
+                f"{folder}: the run is finished, at token {self.finished_tokens:,}; nothing was "
+                f"submitted. To train it longer: megatron-curr amend {folder} RECIPE, and submit"
+            )
         if self.job_id is None:
             return self.script
         submission = self.submission
@@ -77,7 +87,13 @@ class Submitted:
     def as_json(self) -> str:
         """For scripts."""
         return json.dumps(
-            {**asdict(self.submission), "job_id": self.job_id, "script": self.script}, indent=1
+            {
+                **asdict(self.submission),
+                "job_id": self.job_id,
+                "script": self.script,
+                "finished_tokens": self.finished_tokens,
+            },
+            indent=1,
         )
 
 
@@ -93,7 +109,8 @@ def submit_run(
     num_nodes = wish.num_nodes or profile.nodes
     recipe = load_recipe(recipe_path, overrides)
     recipe = recipe.model_copy(update={"run_folder": recipe.folder.resolve()})
-    for warning in check_run(recipe, num_nodes * profile.ranks_per_node).warnings:
+    prepared = check_run(recipe, num_nodes * profile.ranks_per_node)
+    for warning in prepared.warnings:
         print(warning, file=sys.stderr)
     check_run_folder(recipe.folder, loaded)
     plan = check_plan(recipe, loaded, num_nodes)
@@ -108,6 +125,9 @@ def submit_run(
             raise
         unchecked = f"not checked against the cluster: {error}"
     submission = _make_submission(recipe, loaded, num_nodes, wish=wish, pace=pace)
+    state = prepared.folder.newest_state()
+    if state is not None and state.consumed_tokens >= prepared.schedule.total_tokens:
+        return Submitted(submission=submission, script="", finished_tokens=state.consumed_tokens)
     if dry_run:
         script = render_script(submission, profile)
         return Submitted(submission=submission, script=script, unchecked=unchecked)

@@ -62,6 +62,21 @@ def test_a_finished_run_and_one_that_says_stop_do_not_go_on() -> None:
     assert not decision.goes_on and "no shards" in decision.why
 
 
+@pytest.mark.parametrize(
+    ("verdict", "cause", "code"),
+    [
+        ("finished", "complete", 0),
+        ("stop", "wrong-input", 2),
+        ("stop", "stop-at", 3),
+        ("stop", "interrupted", 3),
+        ("stop", "preflight:versions", 1),
+    ],
+)
+def test_a_job_ends_with_the_code_of_what_happened(verdict: str, cause: str, code: int) -> None:
+    assert decide([record(verdict=verdict, cause=cause)], RULES).exit_code == code
+    assert decide([record(saved_tokens=0)] * 3, RULES).exit_code == 1
+
+
 def test_starts_without_a_new_checkpoint_are_counted_in_a_row() -> None:
     idle = record(saved_tokens=0)
     assert decide([idle, idle], RULES).goes_on

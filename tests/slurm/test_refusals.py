@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_a_run_folder_that_nodes_do_not_see_is_named(
     job_id = run.submit()
     wait_until(lambda: cluster.state_of(job_id) == "FAILED", "the job to fail")
     assert "do all nodes see the run folder?" in cluster.command("status", run.folder)
+
+
+def test_a_setup_line_that_fails_ends_the_job_and_status_says_which(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    recipe = write_toy(corpus, tmp_path / "set_up")
+    run = SlurmRun(cluster, recipe, nodes=1, setup=["module load cuda/99"])
+    job_id = run.submit()
+    wait_until(lambda: cluster.state_of(job_id) == "FAILED", "the job to fail")
+    status = json.loads(cluster.command("status", run.folder, "--json"))["state"]
+    assert status.startswith("ended before a rank began: a line of the profile's setup ended with")
+    assert "module load cuda/99; see " in status
 
 
 def test_an_array_runs_each_piece_once_and_again_what_failed(

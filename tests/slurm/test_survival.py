@@ -16,7 +16,7 @@ import pytest
 
 from megatron_curr.curriculum.ledger import ledger_schedule, read_ledger
 from megatron_curr.training.checkpoint_folder import find_fault
-from tests.slurm.cluster import Cluster, SlurmRun
+from tests.slurm.cluster import Cluster, SlurmRun, wait_until
 from tests.slurm.drivers import (
     Story,
     by_own_disks,
@@ -144,6 +144,7 @@ def test_a_step_that_dies_every_time_is_tried_from_an_older_checkpoint_and_then_
     assert [(end.step, end.cause) for end in ends] == [(20, "nonfinite")] * 3
     assert [(end.resumed_step, end.saved_step) for end in ends] == [(0, 16), (16, 16), (8, 16)]
     assert len({end.job_id for end in ends}) == 1
+    assert story.run.cluster.state_of(str(ends[-1].job_id)) == "FAILED"  # so afterok does not begin
     (back,) = [event for event in story.run.events if event["what"] == "went back"]
     assert back["to"] == "step_00000008"
     status = story.facts["diverged"]["state"]
@@ -200,3 +201,7 @@ def test_clean_run_is_the_local_run(
     assert not any(file for folder in copies.values() for file in folder.iterdir())
     status = json.loads(cluster.command("status", run.folder, "--json"))
     assert status["state"] == "finished" and status["step"] == STEPS
+    wait_until(lambda: cluster.state_of(start["job_id"]) == "COMPLETED", "the job's end")
+    again = cluster.command("submit", run.recipe, "--profile", run.profile, "--until-done")
+    assert "the run is finished, at token 98,304; nothing was submitted" in again
+    assert [event["what"] for event in run.events].count("job") == 1
