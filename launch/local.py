@@ -115,9 +115,9 @@ def _leave_word_for(end: RankEnd, folder: RunFolder, incarnation: Incarnation) -
             log.write(f"\nrank {end.rank} {end.how}\n{end.output}\n")
 
 
-def _what_is_left(folder: RunFolder, record: Record | None, num_ranks: int) -> list[str]:
+def _what_is_left(folder: RunFolder, record: Record, num_ranks: int) -> list[str]:
     """What a start that failed leaves: what is saved, how to go on, where to read more."""
-    if record is None or not record.may_continue:
+    if not record.may_continue:
         return []
     state = folder.newest_state()
     saved = "saved: nothing yet; the run begins again at token 0"
@@ -220,7 +220,8 @@ class Crew:
             for rank, code in enumerate(codes)
             if code is not None
         )
-        if self._num_interrupts and not any(end.story for end in ends):
+        broken_off = (0, -signal.SIGINT, _SIGNALLED + signal.SIGINT)
+        if self._num_interrupts and all(end.code in broken_off for end in ends):
             return Outcome(_SIGNALLED + signal.SIGINT)
         return Outcome(2 if 2 in codes else 1, ends)
 
