@@ -15,6 +15,7 @@ from megatron_curr.cli import main
 from megatron_curr.training import room
 from tests.convert.toy_models import save_toy
 from tests.training.tiny import VOCAB_SIZE, recipe_values, write_corpus, write_recipe
+from tests.training.tiny_video import video_recipe_values, write_video_corpus
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,22 @@ def test_published_model_of_another_shape_or_vocabulary_is_found(
     assert "was made with 2: set that" in capsys.readouterr().err
     assert main(["check", str(recipe(init_from=f"checkpoint:{tmp_path / 'hf'}"))]) == 2
     assert "is no checkpoint folder; write hf:" in capsys.readouterr().err
+
+
+def test_a_video_recipe_is_checked_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video_corpus(tmp_path / "corpus")
+    values = video_recipe_values(tmp_path / "corpus", tmp_path / "run")
+    path = write_recipe(tmp_path / "recipe.yaml", values)
+    assert main(["check", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["heldout_sources"]) <= set(values["data"]["sources"])
+    assert found["vocab_size"] == 0 and found["total_tokens"] > 0
+    path = write_recipe(tmp_path / "recipe.yaml", {**values, "init_from": "ema:/nope"})
+    assert main(["check", str(path)]) == 2
+    assert "init_from: /nope" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_disk_too_small_for_two_checkpoints_is_found(
