@@ -120,10 +120,10 @@ def settle(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _as_transformers_takes_it(
-    config: Mapping[str, Any], family: Family, *, kind: Any, fields: Mapping[str, Any]
+    config: Mapping[str, Any], family: Family, *, kind: Any, fields: dict[str, Any]
 ) -> dict[str, Any]:
     if kind is None:
-        return {**fields, **{name: config[name] for name in fields if name in config}}
+        return fields | {name: config[name] for name in {*fields, *ROTATIONS} if name in config}
     from transformers.utils import logging
 
     given = copy.deepcopy(dict(config))

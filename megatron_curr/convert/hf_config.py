@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_curr.convert import (
+    cohere,
     deepseek_v2,
     deepseek_v3,
     falcon,
@@ -48,7 +49,7 @@ from megatron_curr.recipe.model_rules import combinations
 FAMILIES: tuple[Family, ...] = (
     *(llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mistral.FAMILY, olmo2.FAMILY, olmo3.FAMILY),
     *(phi3.FAMILY, granite.FAMILY, smollm3.FAMILY, glm4.GLM, glm4.FAMILY),
-    *(gemma.GEMMA, gemma.GEMMA3),
+    *(gemma.GEMMA, gemma.GEMMA3, cohere.FAMILY, cohere.COHERE2),
     *(gpt_neox.FAMILY, falcon.FAMILY, starcoder2.FAMILY, nemotron.FAMILY, telechat2.FAMILY),
     *(mixtral.FAMILY, qwen3_moe.FAMILY, deepseek_v3.FAMILY, deepseek_v2.FAMILY, glm4_moe.FAMILY),
 )

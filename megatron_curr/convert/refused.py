@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-_ONE_NORM = "one norm for attention and MLP side by side, where ours have a norm each"
 _GATED_DELTA = "linear attention by gated delta rules, which our layers are not"
 _STATE_SPACE = "state-space layers, which ours are not"
 _INDEXER = "an indexer that chooses which keys a query sees"
 _IMAGES = "it reads images; the text model alone may be of an architecture that converts"
 _POSITIONS = "a learned table of positions, where our models rotate"
+_OUTPUT_BIAS = "a bias of the output layer, which ours have not"
 _ALIBI = "positions as biases of scores (ALiBi), where our models rotate"
 _LLAMA_4 = (
     "attention in chunks, scores that grow with the position, and experts whose input is weighted"
@@ -17,15 +17,13 @@ REFUSED = {
     "ApertusForCausalLM": "an activation with parameters of its own (xIELU)",
     "BambaForCausalLM": _STATE_SPACE,
     "BloomForCausalLM": _ALIBI,
-    "Cohere2ForCausalLM": f"{_ONE_NORM}; LayerNorms without a bias",
-    "CohereForCausalLM": f"{_ONE_NORM}; LayerNorms without a bias",
     "DeepseekV32ForCausalLM": _INDEXER,
     "DeepseekV4ForCausalLM": _INDEXER,
     "FalconH1ForCausalLM": _STATE_SPACE,
     "FalconMambaForCausalLM": _STATE_SPACE,
     "GPT2LMHeadModel": _POSITIONS,
     "GPTBigCodeForCausalLM": _POSITIONS,
-    "GPTJForCausalLM": f"{_ONE_NORM}; a bias of the output layer",
+    "GPTJForCausalLM": _OUTPUT_BIAS,
     "Gemma2ForCausalLM": "soft caps of scores and logits, which our attention has not",
     "Gemma3ForConditionalGeneration": _IMAGES,
     "Gemma3nForCausalLM": "embeddings of every layer, and states side by side",
@@ -50,7 +48,7 @@ REFUSED = {
     "OlmoForCausalLM": "norms without weights",
     "OlmoHybridForCausalLM": _GATED_DELTA,
     "Phi4MultimodalForCausalLM": _IMAGES,
-    "PhiForCausalLM": f"{_ONE_NORM}; a bias of the output layer",
+    "PhiForCausalLM": _OUTPUT_BIAS,
     "Qwen2MoeForCausalLM": "a gate of the shared experts, which ours have not",
     "Qwen3NextForCausalLM": f"{_GATED_DELTA}; a gate of attention's output",
     "Qwen3_5ForCausalLM": f"{_GATED_DELTA}; a gate of attention's output",

@@ -250,6 +250,8 @@ def _read_yarn(rope: Mapping[str, Any], factor: float) -> dict[str, Any]:
     if wanted is not None:  # what transformers multiplies with; ours follows from two settings
         slope = 0.1 * math.log(factor)
         mscale = (float(wanted) * _concentration(factor, over_all) - 1) / slope
+        if math.isclose(mscale, 1.0, rel_tol=1e-9):  # the default, written out
+            mscale = 1.0
         if mscale < 0:
             raise CheckpointError(
                 f"config.json: attention_factor {wanted} of the rotations is less than "

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_curr.models.backend import choose_backend
 from megatron_curr.models.experts import expert_settings, mark_expert_parameters
 from megatron_curr.models.latent_attention import latent_settings
-from megatron_curr.models.layer import activation, layer_spec
+from megatron_curr.models.layer import activation, layer_spec, residual_norm
 from megatron_curr.models.layout_settings import layout_settings
 from megatron_curr.models.weights import initialise_weights, matrix_spread
 from megatron_curr.parallel.groups import Groups
@@ -124,7 +124,7 @@ def build_gpt(
             )
             for layer in range(first, first + num_layers)
         ],
-        layer_norm=backend.layer_norm(rms_norm=model.normalization == "RMSNorm"),
+        layer_norm=residual_norm(backend, model),
     )
     num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
     gpt = GPTModel(

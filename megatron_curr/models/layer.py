@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_curr.models.experts import expert_layer
 from megatron_curr.models.latent_attention import latent_attention
-from megatron_curr.models.norms import ProjectionNorm
+from megatron_curr.models.norms import LayerNormWithoutBias, ProjectionNorm
 
 if TYPE_CHECKING:
     from megatron_curr.recipe.model import Model
@@ -49,6 +49,13 @@ class ParallelResidualLayer(TransformerLayer):
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
         return super()._forward_pre_mlp_layernorm(self._layer_input)
+
+
+class SharedNormLayer(ParallelResidualLayer):
+    """``n = norm(x)``, ``x + attention(n) + mlp(n)`` (Falcon, Cohere)."""
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
+        return self.input_layernorm(self._layer_input)
 
 
 class RotatedApart(SelfAttention):
@@ -86,9 +93,9 @@ def layer_spec(
     backend: BackendSpecProvider, model: Model, *, has_experts: bool, is_windowed: bool
 ) -> ModuleSpec:
     """One transformer layer from the backend's modules; norms may be fused into linears."""
-    fused_norm = _fused_norm(backend, model)
+    fused_norm, shared = _fused_norm(backend, model), model.shared_residual_norm
     into_layer = fused_norm or backend.column_parallel_linear()
-    own_norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm")
+    own_norm = residual_norm(backend, model)
     norm = IdentityOp if fused_norm or model.norm_position == "after" else own_norm
     # Fused or not, checkpoints name the norms by the linear that follows them.
     checkpoint_names = {}
@@ -101,7 +108,7 @@ def layer_spec(
         submodules=MLPSubmodules(linear_fc1=into_layer, linear_fc2=out_of_layer(backend, model)),
     )
     return ModuleSpec(
-        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
+        module=_layer(model),
         submodules=TransformerLayerSubmodules(
             input_layernorm=own_norm if model.has_latent_attention else norm,
             self_attention=(
@@ -111,7 +118,7 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             # The router and every expert read the norm's output: it is never fused.
-            pre_mlp_layernorm=own_norm if has_experts else norm,
+            pre_mlp_layernorm=IdentityOp if shared else own_norm if has_experts else norm,
             mlp=expert_layer(backend) if has_experts else dense,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if fused_norm else checkpoint_names,
@@ -119,8 +126,23 @@ def layer_spec(
     )
 
 
+def residual_norm(backend: BackendSpecProvider, model: Model) -> type:
+    """The norm of hidden states."""
+    if not model.layernorm_bias:
+        return LayerNormWithoutBias
+    return backend.layer_norm(rms_norm=model.normalization == "RMSNorm")
+
+
+def _layer(model: Model) -> type:
+    if model.shared_residual_norm:
+        return SharedNormLayer
+    return ParallelResidualLayer if model.parallel_residual else TransformerLayer
+
+
 def _fused_norm(backend: BackendSpecProvider, model: Model) -> type | None:
-    return None if model.norm_position == "after" else backend.column_parallel_layer_norm_linear()
+    """A norm and the linear behind it in one, where that is the only one to read it."""
+    apart = model.norm_position == "after" or model.shared_residual_norm or not model.layernorm_bias
+    return None if apart else backend.column_parallel_layer_norm_linear()
 
 
 def _attention(

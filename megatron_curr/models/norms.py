@@ -83,6 +83,23 @@ class LayerNorm(nn.Module):
         ).to(x.dtype)
 
 
+class LayerNormWithoutBias(nn.Module):
+    """``(x - mean) / std * weight`` over the last dim, computed in fp32 (Cohere)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.config, self.eps = config, eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., D]; the result has the dtype of ``x``."""
+        gain = gain_of(self.weight, self.config)
+        return nn.functional.layer_norm(upcast(x), (x.shape[-1],), gain, eps=self.eps).to(x.dtype)
+
+
 class ProjectionNorm(nn.Module):
     """RMS norm of all heads of a token together (OLMo 2), each tensor rank with its heads.
 

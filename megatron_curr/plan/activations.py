@@ -153,7 +153,7 @@ def _attention_bytes(batch: MicroBatch) -> int:
     exchanges = parallel.context_parallel_size > 1
     if batch.recomputes("core_attn"):
         kept = tokens * size * (3 * query + 3 * key)
-    elif exchanges or batch.isolate_documents:
+    elif exchanges or batch.isolate_documents or (model.window_size and not batch.is_fused):
         by_heads = exchanges and parallel.context_parallel_exchange in ("a2a", "a2a+p2p")
         kept = tokens * size * ((3 if by_heads else 2) * query + 2 * key) + log_sums
     else:

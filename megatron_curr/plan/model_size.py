@@ -53,7 +53,8 @@ def layer_weights(model: Model, *, has_experts: bool) -> Iterator[Weight]:
         yield from _norm("mlp_norm_after", model.hidden_size, model)
     latent = model.has_latent_attention
     yield from _latent_attention_weights(model) if latent else _attention_weights(model)
-    yield from _norm("mlp_norm", model.hidden_size, model)
+    if not model.shared_residual_norm:
+        yield from _norm("mlp_norm", model.hidden_size, model)
     yield from (
         _expert_weights(model) if has_experts else _mlp_weights("mlp", model.ffn_hidden_size, model)
     )
@@ -88,7 +89,7 @@ def _all_weights(model: Model, *, vocab_size: int) -> Iterator[Weight]:
 
 def _norm(name: str, width: int, model: Model) -> Iterator[Weight]:
     yield Weight(name, width)
-    if model.normalization == "LayerNorm":
+    if model.normalization == "LayerNorm" and model.layernorm_bias:
         yield Weight(f"{name}_bias", width)
 
 

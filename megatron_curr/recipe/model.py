@@ -42,7 +42,7 @@ class Model(Section):
         False, description="Rotates neighbours in a head, not one half of it with the other"
     )
     no_rope_freq: Annotated[int, Field(gt=0)] | list[Literal[0, 1]] | None = Field(
-        None, description="Every n-th layer rotates nothing; or 1 and 0 for each layer; default: 0"
+        None, description="Every n-th layer rotates nothing; or 1 and 0 for each layer"
     )
     rope_scaling_factor: float | None = Field(
         None,
@@ -74,6 +74,7 @@ class Model(Section):
     normalization: Literal["RMSNorm", "LayerNorm"] = Field(
         "RMSNorm", description="Kind of every norm; LayerNorm has a bias"
     )
+    layernorm_bias: bool = Field(True, description="Whether LayerNorms have their bias")
     norm_position: Literal["before", "after", "both"] = Field(
         "before", description="Norms of a block's input, of its output before it is added, or both"
     )
@@ -86,6 +87,9 @@ class Model(Section):
     )
     parallel_residual: bool = Field(
         False, description="Attention and MLP both read the layer's input, and are added together"
+    )
+    shared_residual_norm: bool = Field(
+        False, description="Of parallel_residual: one norm of the input for both, not one for each"
     )
     qk_layernorm: bool = Field(False, description="Norms of queries and of keys")
     qk_layernorm_over: Literal["head", "projection"] = Field(
@@ -100,10 +104,10 @@ class Model(Section):
         True, description="The output layer has weights of its own, not the embedding's"
     )
     embedding_multiplier: float = Field(
-        1.0, gt=0, description="What embeddings are multiplied by on their way into the first layer"
+        1.0, gt=0, description="Embeddings are multiplied by it on their way into the first layer"
     )
     residual_multiplier: float = Field(
-        1.0, gt=0, description="What attention's and MLP's outputs are, before they are added"
+        1.0, gt=0, description="What attention and MLP add is multiplied by it"
     )
     window_size: int | None = Field(
         None, gt=0, description="Tokens that a token sees, itself included; default: all before it"
@@ -120,9 +124,9 @@ class Model(Section):
         "the others",
     )
     softmax_scale: float | None = Field(
-        None, gt=0, description="What attention's scores are; default: 1 / sqrt(kv_channels)"
+        None, gt=0, description="Scores are multiplied by it; default: 1 / sqrt(kv_channels)"
     )
-    logits_scaling: float = Field(1.0, gt=0, description="What logits are divided by")
+    logits_scaling: float = Field(1.0, gt=0, description="Logits are divided by it")
     init_method_std: float = Field(
         0.02,
         gt=0,

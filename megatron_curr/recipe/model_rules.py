@@ -23,6 +23,8 @@ _APART: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("norm_position", "after", {**_OWN_NORMS, "parallel_residual": False}),
     ("norm_position", "both", {**_OWN_NORMS, "parallel_residual": False}),
     ("qk_layernorm", True, {"normalization": "RMSNorm"}),
+    ("shared_residual_norm", True, {"parallel_residual": True}),
+    ("layernorm_bias", False, {"normalization": "LayerNorm"}),
     ("qk_layernorm_over", "projection", {"layernorm_zero_centered_gamma": False}),
     ("linear_biases", "into_residual", {"residual_multiplier": 1.0}),
 )

@@ -48,7 +48,7 @@ def required(family: Family) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fields")
-    for name in ("llama2", "gpt_neox"):
+    for name in ("llama2", "telechat2"):
         save_toy(name, folder / name)
     return folder
 
@@ -241,6 +241,19 @@ def test_rotations_and_masks_that_are_not_ours_are_refused_without_comparing(
         with pytest.raises(CheckpointError) as refused:
             run_conversion(llama, tmp_path / "out", verify=verify)
         assert told in str(refused.value)
+
+
+def test_rotations_of_an_architecture_that_transformers_has_not_are_read(
+    llamas: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llamas / "telechat2", tmp_path / "telechat2")
+    assert open_source(folder).model.rotary_base == 10_000.0
+    change_config(folder, rope_theta=5e5)
+    assert open_source(folder).model.rotary_base == 5e5
+    for scaling in ({"type": "dynamic", "factor": 2.0}, {"type": "linear", "factor": 2.0}):
+        change_config(folder, rope_scaling=scaling)
+        with pytest.raises(CheckpointError, match=f"rope_type '{scaling['type']}'"):
+            open_source(folder)
 
 
 def test_a_field_that_a_later_transformers_brings_is_refused_unless_default(

@@ -118,6 +118,21 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
             "new_decoder_architecture": True,
         },
     ),
+    "falcon_7b": (
+        "falcon",
+        {
+            **{name: value for name, value in _PLAIN.items() if name != "num_key_value_heads"},
+            "multi_query": True,
+        },
+    ),
+    "cohere": ("cohere", {**_PLAIN, "logit_scale": 0.3, "pad_token_id": 0}),
+    "cohere2": (
+        "cohere2",
+        {
+            **{**_PLAIN, "logit_scale": 0.25, "pad_token_id": 0, "sliding_window": 5},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "granite": (
         "granite",
         {

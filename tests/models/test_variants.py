@@ -52,6 +52,12 @@ VARIANTS = {
         "yarn_original_max_position_embeddings": 32,
         "activation": "geglu_tanh",
     },
+    "cohere": {
+        "normalization": "LayerNorm",
+        "layernorm_bias": False,
+        "parallel_residual": True,
+        "shared_residual_norm": True,
+    },
     "nemotron": {
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,

@@ -106,6 +106,11 @@ SAVED = {
     "gather": setting(cp=2, world_size=2, context_parallel_exchange="all_gather"),
     "heads": setting(cp=2, world_size=2, context_parallel_exchange="a2a"),
     "documents": setting(isolate_documents=True),
+    "window": setting(model={"window_size": 9}),
+    "norms on both sides": setting(model={"norm_position": "both"}),
+    "one norm for both": setting(
+        model={"parallel_residual": True, "shared_residual_norm": True},
+    ),
     "sequence and ring": setting(tp=2, cp=2, sequence_parallel=True, world_size=4),
     "experts": setting(model=EXPERTS),
     "experts shared out": setting(model=EXPERTS, ep=2, world_size=2),
