@@ -40,6 +40,8 @@ def find_files(inputs: Sequence[str | Path]) -> InputFiles:
             _add(given, found)
         except OSError as error:
             raise DataError(f"{given}: cannot be read ({error.strerror}); {_GIVE}") from error
+        except RecursionError:
+            raise DataError(f"{given}: a list that names itself, through others or not") from None
     if not found.files:
         names = ", ".join(map(str, inputs)) or "no input"
         raise DataError(f"{names}: no {KNOWN} file here{_told(found.passed_over)}; {_GIVE}")

@@ -19,6 +19,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from data_tools.corpus import read_documents
@@ -69,9 +70,15 @@ def train_tokenizer(
         for path in files
     )
     texts = (text for sample in samples for text in sample)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(
+            f"{', '.join(map(str, inputs))}: no text in the field {text_field!r}; name the field "
+            "of the text with --text-field"
+        )
     train = _train_pieces if kind == "sentencepiece" else _train_bpe
     try:
-        train(texts, output, vocab_size, special_tokens)
+        train(chain([first], texts), output, vocab_size, special_tokens)
     except (RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a file or a disk, not the text

@@ -162,3 +162,7 @@ def test_lists_hold_names_by_line_feed_alone(tmp_path: Path) -> None:
     text = "\r\n".join(map(str, files))
     (tmp_path / "all.lst").write_text(text, encoding="utf-8-sig", newline="")
     assert find_files([f"@{tmp_path}/all.lst"]).files == files
+    (tmp_path / "one.lst").write_text(f"@{tmp_path}/two.lst\n")
+    (tmp_path / "two.lst").write_text(f"@{tmp_path}/one.lst\n")
+    with pytest.raises(DataError, match=r"one\.lst: a list that names itself"):
+        find_files([f"@{tmp_path}/one.lst"])

@@ -65,6 +65,11 @@ def test_the_sample_is_seeded_and_no_larger_than_asked() -> None:
 def test_too_little_text_and_too_few_pieces_are_refused(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(DataError, match="give more text or a smaller --vocab-size"):
         train_tokenizer([corpus], tmp_path / "one.model", vocab_size=30_000)
+    for kind in ("sentencepiece", "bpe"):
+        with pytest.raises(DataError, match=r"no text in the field 'body'; name .* --text-field"):
+            train_tokenizer(
+                [corpus], tmp_path / "one.model", kind=kind, vocab_size=300, text_field="body"
+            )
     with pytest.raises(DataError, match="take 259"):
         train_tokenizer([corpus], tmp_path / "one.model", vocab_size=259)
     assert not (tmp_path / "one.model").exists()
