@@ -24,7 +24,7 @@ from launch.check import check_run
 from launch.failure import RankEnd, Story, describe, first_failure
 from megatron_curr.incarnation.conclude import conclude
 from megatron_curr.incarnation.record import Ending, Incarnation, Record, incarnations
-from megatron_curr.incarnation.surroundings import is_of_a_launcher, pins_threads
+from megatron_curr.incarnation.surroundings import CORES_AT_START, is_of_a_launcher, pins_threads
 from megatron_curr.recipe.load import dump_recipe, load_recipe
 from megatron_curr.training.run_folder import RunFolder
 from megatron_curr.training.signals import STOP_SIGNALS, is_left_to_us
@@ -171,6 +171,7 @@ class Crew:
         self._module = module
         self._num_interrupts = 0
         self._ended_s: dict[int, float] = {}  # by rank; Unix time
+        os.sched_setaffinity(0, CORES_AT_START)  # ranks inherit it, and OpenMP may have bound us
         self._processes = [self._start(arguments, rank, ranks) for rank in range(ranks)]
         self.num_ranks = ranks
         self.pids = {process.pid for process in self._processes}
@@ -270,6 +271,9 @@ def environment_of_rank(here: Mapping[str, str], rank: int, ranks: int) -> dict[
     def is_of_use(name: str, value: str) -> bool:
         if name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
             return not interfaces.isdisjoint(value.split(","))
+        if name == "NCCL_SOCKET_IFNAME" and not value.startswith("^"):  # beginnings of names
+            wanted = tuple(value.removeprefix("=").split(","))
+            return any(interface.startswith(wanted) for interface in interfaces)
         return not is_of_a_launcher(name) and not (ranks > 1 and pins_threads(name))
 
     place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}

@@ -13,6 +13,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import megatron_curr.incarnation.surroundings  # noqa: F401 (notes the cores before others bind)
+
+# isort: split
 from megatron_curr.cli import (  # noqa: F401 (each adds its verbs)
     checkpoints,
     cluster,

@@ -28,6 +28,9 @@ _TELLING = (
     "APPTAINER*", "SINGULARITY*", "BASH_ENV", "ENV", "TMPDIR", "LC_ALL", "VIRTUAL_ENV",
     "CONDA_PREFIX", "*_proxy", "*_PROXY",
 )  # fmt: skip
+# Some library loads OpenMP, which then binds this very thread as the variables above say, and what
+# it starts inherits that. So the cores are asked for before anything else is imported.
+CORES_AT_START = os.sched_getaffinity(0)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|JWT|CREDENTIAL")
 
 

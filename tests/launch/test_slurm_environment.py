@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,5 +159,26 @@ def test_local_ranks_know_their_own_place_and_share_no_core(
 
 
 def test_an_interface_that_is_here_is_kept() -> None:
-    found = environment_of_rank({"GLOO_SOCKET_IFNAME": "nope,lo"}, 0, 2)
-    assert found["GLOO_SOCKET_IFNAME"] == "nope,lo"
+    here = {"GLOO_SOCKET_IFNAME": "nope,lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    assert here.items() <= environment_of_rank(here, 0, 2).items()
+    strange = {"GLOO_SOCKET_IFNAME": "ib7", "NCCL_SOCKET_IFNAME": "ib7,ib8"}
+    assert strange.keys().isdisjoint(environment_of_rank(strange, 0, 2))
+    but = {"NCCL_SOCKET_IFNAME": "^docker"}
+    assert but.items() <= environment_of_rank(but, 0, 2).items()
+
+
+def test_ranks_have_all_cores_where_openmp_has_bound_the_command(tmp_path: Path) -> None:
+    """As some library does that the command imports, under OMP_PROC_BIND or GOMP_CPU_AFFINITY."""
+    program = (
+        "import os, sys, megatron_curr.cli\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from pathlib import Path\n"
+        "from launch.local import Crew\n"
+        "with Crew([], 2, Path(sys.argv[1]), module='tests.launch.print_cores') as crew:\n"
+        "    crew.wait()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    every = f"{sorted(os.sched_getaffinity(0))}\n"
+    assert (done.stdout, (tmp_path / "1.out").read_text()) == (every, every)

@@ -1,0 +1,5 @@
+"""A rank that says which cores it may use."""
+
+import os
+
+print(sorted(os.sched_getaffinity(0)))
