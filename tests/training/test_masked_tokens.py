@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megatron_curr.data.shards import ShardWriter, open_shards
+from megatron_curr.errors import DataError
 from megatron_curr.recipe.load import load_recipe
 from megatron_curr.report import build_report
 from megatron_curr.training.preflight import prepare
@@ -84,6 +86,13 @@ def test_steps_and_evaluations_count_the_tokens_that_are_not_marked(tmp_path: Pa
         assert found == labels - marked[1 : labels + 1].sum() < labels
 
 
+def observe_nothing(rank: int, recipe: str) -> None:
+    from megatron_curr.training.parity import observe
+
+    with pytest.raises(DataError, match=r"step 0 reads no token that carries loss"):
+        observe(prepare(load_recipe(recipe), 1), 1)
+
+
 def test_steps_and_evaluations_of_nothing_have_no_loss_and_say_so(
     runs: Runs, tmp_path: Path
 ) -> None:
@@ -111,6 +120,7 @@ def test_steps_and_evaluations_of_nothing_have_no_loss_and_say_so(
     log = rank_log(run).read_text()
     assert "silent none (nothing counts)" in log
     assert "256 of 4.61k tokens  loss none (nothing counts)" in log
+    run_ranks(observe_nothing, 1, str(runs.folder / "silent.yaml"))
     page = build_report(run)
     assert "In 2 of 3 steps nothing counted" in page
     assert "Nothing that is held out of silent counts" in page
