@@ -6,13 +6,13 @@ again to get the same objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from megatron_curr.curriculum.ledger import Entry, ledger_schedule
 from megatron_curr.curriculum.schedule import Schedule
-from megatron_curr.data.identity import KnownData, check_separate, files_of, known_of
+from megatron_curr.data.identity import AnyShards, KnownData, check_separate, files_of, known_of
 from megatron_curr.data.order import SampleOrder
 from megatron_curr.data.sentencepiece_model import publishing_warning
 from megatron_curr.data.shards import ShardSet, check_vocabulary, open_shards
@@ -43,7 +43,6 @@ class Prepared:
     changes: list[Difference]  # against the recipe of the last start, all allowed
     encoders: dict[str, str] | None = None  # of video, digests of what made latents and texts
     warnings: tuple[str, ...] = ()  # what is no fault, and is better known before than after
-    tokenizer_sha256: str | None = None  # None for video
     data: KnownData | None = None  # what to write down of it; None where nobody has looked
     is_of_before_amendment: bool = False  # the recipe was given as it was before the last one
 
@@ -75,22 +74,32 @@ def prepare(
     _check_extras(recipe)
     changes = folder.check_recipe(recipe) if ledger is None else []
     opened = _open_video if isinstance(recipe, VideoRecipe) else _open_text
-    prepared = opened(recipe, folder, ledger or folder.read_ledger(recipe), changes)
-    if looks_at_data:
-        prepared = replace(prepared, data=_look_at_data(prepared))
+    ledger = ledger or folder.read_ledger(recipe)
+    prepared = opened(recipe, folder, ledger, changes, looks_at_data=looks_at_data)
     return replace(prepared, is_of_before_amendment=recipe is not given)
 
 
-def _look_at_data(prepared: Prepared) -> KnownData:
+def _look_at_data(
+    folder: RunFolder,
+    train: Mapping[str, AnyShards],
+    heldout: Mapping[str, AnyShards],
+    *,
+    tokenizer_sha256: str | None,
+) -> KnownData:
     """What to write down of the data. Raises ``DataError`` or ``CheckpointError``."""
-    files = files_of(prepared.shard_sets, prepared.heldout_sets)
+    files = files_of(train, heldout)
     check_separate(files)
-    prepared.folder.check_data(files, prepared.tokenizer_sha256)
-    return known_of(files, prepared.tokenizer_sha256)
+    folder.check_data(files, tokenizer_sha256)
+    return known_of(files, tokenizer_sha256)
 
 
 def _open_text(
-    recipe: Recipe, folder: RunFolder, ledger: tuple[Entry, ...], changes: list[Difference]
+    recipe: Recipe,
+    folder: RunFolder,
+    ledger: tuple[Entry, ...],
+    changes: list[Difference],
+    *,
+    looks_at_data: bool,
 ) -> Prepared:
     sources = recipe.data.sources
     shard_sets = {name: open_shards(source.shards, name=name) for name, source in sources.items()}
@@ -107,6 +116,10 @@ def _open_text(
         check_vocabulary(shard_set, vocab_size)
         if shard_set.max_token_id is None:
             probe_vocabulary(shard_set, vocab_size)
+    known = None
+    if looks_at_data:
+        sha256 = tokenizer.sha256
+        known = _look_at_data(folder, shard_sets, heldout_sets, tokenizer_sha256=sha256)
     source_tokens = {name: shard_set.num_tokens for name, shard_set in shard_sets.items()}
     folder.check_sources(source_tokens)
     order = SampleOrder(
@@ -126,14 +139,22 @@ def _open_text(
         vocab_size=vocab_size,
         changes=changes,
         warnings=tuple(filter(None, [publishing_warning(tokenizer)])),
-        tokenizer_sha256=tokenizer.sha256,
+        data=known,
     )
 
 
 def _open_video(
-    recipe: VideoRecipe, folder: RunFolder, ledger: tuple[Entry, ...], changes: list[Difference]
+    recipe: VideoRecipe,
+    folder: RunFolder,
+    ledger: tuple[Entry, ...],
+    changes: list[Difference],
+    *,
+    looks_at_data: bool,
 ) -> Prepared:
     data = open_video_data(recipe)
+    known = None
+    if looks_at_data:
+        known = _look_at_data(folder, data.train, data.heldout, tokenizer_sha256=None)
     order = build_video_order(recipe, data, ledger)
     sizes = zip(order.sources, order.num_tokens.tolist(), strict=True)
     folder.check_sources(dict(sizes))
@@ -149,6 +170,7 @@ def _open_video(
         vocab_size=0,
         changes=changes,
         encoders=encoders,
+        data=known,
     )
 
 
