@@ -79,6 +79,34 @@ if __name__ == "__main__":
     print("inner", time.perf_counter() - began)
 """
 
+FAST_LOOP = """
+import multiprocessing, sys
+import awkward, gigatoken, numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.tokenizers import MegatronTokenizer
+kind, model, corpus, output = sys.argv[1:]
+
+def process():
+    library = {"bpe": "huggingface"}.get(kind, kind)
+    eod = MegatronTokenizer.from_pretrained(model, {"library": library}).eod
+    load = gigatoken.Tokenizer if kind == "bpe" else gigatoken.Tokenizer.from_sentencepiece
+    tokenizer = load(model)
+    rows = tokenizer.encode_files(gigatoken.JsonlFileSource([corpus])).layout
+    offsets = np.asarray(rows.offsets.data)
+    ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(output + ".bin", dtype=dtype)
+    ids = np.insert(ids.astype(dtype), offsets[1:] - offsets[0], eod)
+    builder.data_file.write(ids.tobytes())
+    builder.sequence_lengths += (np.diff(offsets) + 1).tolist()
+    builder.document_indices += range(1, len(offsets))
+    builder.finalize(output + ".idx")
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(process)
+"""
+
 DATATROVE = """
 import sys
 from datatrove.executor import LocalPipelineExecutor
@@ -220,6 +248,12 @@ class Contenders:
         script = self.output / "loop.py"
         script.write_text(LOOP)
         output = str(self.output / "loop")
+        return [sys.executable, str(script), self.kind, str(self.model), str(corpus.path), output]
+
+    def fast_loop(self, corpus: Corpus) -> list[str]:
+        script = self.output / "fast_loop.py"
+        script.write_text(FAST_LOOP)
+        output = str(self.output / "fast")
         return [sys.executable, str(script), self.kind, str(self.model), str(corpus.path), output]
 
     def script(self, corpus: Corpus) -> list[str]:
