@@ -68,15 +68,12 @@ class Checked:
 def check_run(recipe: AnyRecipe, ranks: int) -> Prepared:
     """A run with all that it reads. Raises ``UserError`` for what training would refuse."""
     prepared = prepare(recipe, ranks)
-    if recipe.init_from is not None:  # torch is loaded for nothing else here
+    begins_now = not prepared.folder.has_checkpoints
+    if recipe.init_from is not None and begins_now:  # torch is loaded for nothing else here
         from megatron_curr.convert.init_check import check_first_weights
 
         try:
-            told = check_first_weights(
-                prepared.recipe,
-                vocab_size=prepared.vocab_size,
-                begins_now=not prepared.folder.has_checkpoints,
-            )
+            told = check_first_weights(prepared.recipe, vocab_size=prepared.vocab_size)
         except CheckpointError as error:
             raise CheckpointError(f"init_from: {error}") from None
         prepared = replace(prepared, warnings=(*prepared.warnings, *told))

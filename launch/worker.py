@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -220,7 +221,7 @@ def _train_watched(
         life=life,
         signals=signals,
         stop_at_tokens=stop_at_tokens,
-        first_weights=first_weights(prepared.recipe, vocab_size=prepared.vocab_size),
+        open_first_weights=partial(first_weights, prepared.recipe, vocab_size=prepared.vocab_size),
         node_local=node_local,
     ) as run:
         train(run)

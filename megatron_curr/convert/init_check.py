@@ -20,16 +20,14 @@ _MOST_PARAMETERS = 1_000_000_000
 _NUM_TOKENS = 128
 
 
-def check_first_weights(
-    recipe: Recipe | VideoRecipe, *, vocab_size: int, begins_now: bool
-) -> tuple[str, ...]:
+def check_first_weights(recipe: Recipe | VideoRecipe, *, vocab_size: int) -> tuple[str, ...]:
     """Raise a ``UserError`` for weights or a tokenizer that do not fit; what else to know of them.
 
-    Of a run that goes on, which ``begins_now`` denies, no more than settings and shapes are asked.
+    Of a run that begins: one that goes on does not need them any more.
     """
     first_weights(recipe, vocab_size=vocab_size)
     source = None if isinstance(recipe, VideoRecipe) else open_first_source(recipe)
-    if source is None or not begins_now:
+    if source is None:
         return ()
     assert isinstance(recipe, Recipe)
     told = [check_tokenizer(load_tokenizer(recipe.data.tokenizer), source)]

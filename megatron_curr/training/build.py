@@ -59,7 +59,7 @@ from megatron_curr.units import format_duration
 
 log = logging.getLogger(__name__)
 
-FirstWeights = Callable[[list[torch.nn.Module], Groups], None]
+FirstWeights = Callable[[list[torch.nn.Module], Groups], None]  # fills the chunks
 
 
 def build_run(
@@ -68,13 +68,14 @@ def build_run(
     life: Life,
     signals: StopSignals,
     stop_at_tokens: int | None = None,
-    first_weights: FirstWeights | None = None,
+    open_first_weights: Callable[[], FirstWeights | None] = lambda: None,
     node_local: Path | None = None,
 ) -> Run:
     """This rank's run, standing at the newest intact checkpoint, or at token 0. Collective.
 
     ``torch.distributed`` is initialised, the folder is claimed. The caller closes the run. Where
-    there is no checkpoint, ``first_weights`` fills the chunks; saves go through ``node_local``.
+    there is no checkpoint, and only there, ``open_first_weights`` is asked what fills the chunks:
+    a run that goes on needs them no more. Saves go through ``node_local``.
     """
     life.enter("load")
     recipe, folder = prepared.recipe, prepared.folder
@@ -92,7 +93,7 @@ def build_run(
         finish_weights=lambda: finish_param_gather(chunks),
     )
     state, passed_over = checkpointer.load_newest()
-    if state is None and first_weights is not None:
+    if state is None and (first_weights := open_first_weights()) is not None:
         first_weights([chunk.module for chunk in chunks], groups)
         optimizer.reload_model_params()  # its fp32 copies
         if recipe.training.ema_decay is not None:

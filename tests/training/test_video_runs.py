@@ -200,11 +200,15 @@ def test_average_is_what_its_decay_makes_of_the_weights(runs: VideoRuns) -> None
 
 
 def test_first_weights_may_be_those_of_another_run(runs: VideoRuns, unbroken: Path) -> None:
-    begun = {"init_from": f"checkpoint:{unbroken}", "name": "tuned"}
+    source = shutil.copytree(unbroken, runs.folder / "source")
+    begun = {"init_from": f"checkpoint:{source}", "name": "tuned"}
     tuned = runs.train("tuned", changes=begun, stop_at_tokens=1)
     measured = "eval/wide/bucket_flow_mse_t625"
     first, last = rows(tuned, measured)[0], rows(unbroken, measured)[-1]
     assert first["consumed_tokens"] == 0 and first[measured] == last[measured]
+    shutil.rmtree(source)  # a run that goes on needs them no more
+    runs.train("tuned", changes=begun, stop_at_tokens=1024)
+    assert rows(tuned, LOSS)[-1]["consumed_tokens"] >= 1024
 
 
 def test_report_shows_shapes_and_phases(unbroken: Path) -> None:
