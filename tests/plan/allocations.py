@@ -72,8 +72,8 @@ def fake_ranks(setting: Setting) -> Iterator[Groups]:
     dist.init_process_group("fake", store=store, rank=setting.rank, world_size=setting.world_size)
     try:
         yield build_groups(setting.parallel)
-        destroy_groups()
     finally:
+        destroy_groups()  # or whatever this process does next finds them
         dist.destroy_process_group()
 
 
